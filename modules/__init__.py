@@ -1,0 +1,1 @@
+"""Loadstone's rooms. Dependencies point one way; ``pyproject.toml`` holds the contract."""

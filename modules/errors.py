@@ -1,0 +1,265 @@
+"""The error tree: everything Loadstone raises on purpose is one of these.
+
+::
+
+    LoadstoneError
+    ├── UserError                    what the user can mend (exit status 2)
+    │   ├── OptionError              one option's value cannot be used
+    │   │   └── OptionConflict       two options exclude each other, or the model
+    │   ├── SettingsError            a settings file has a bad key, value or syntax
+    │   ├── ModelNotFound            no such model in any model folder
+    │   ├── BrokenCheckpoint         the files are damaged or incomplete
+    │   │   ├── UnsafeCheckpoint     a pickle with code, or names that leave the folder
+    │   │   └── NotAModel            a folder or file that holds no model
+    │   ├── UnsupportedModel         an architecture or format no loader takes
+    │   ├── CustomCodeRefused        the model brings Python code that nobody allowed
+    │   ├── MissingPackage           an optional package is needed
+    │   ├── OutOfMemory              a GPU or the RAM is too small for what was asked
+    │   ├── DiskFull                 no space where something has to be written
+    │   ├── NothingLoaded            asked to use a model while none is loaded
+    │   ├── Busy                     another load is under way
+    │   ├── RequestTooLong           the prompt does not fit the context
+    │   ├── PortInUse                the port for the page is taken
+    │   └── AccessRefused            the request came from a place that may not ask
+    └── InternalError                what the user cannot mend (exit status 1)
+        ├── Cancelled                the user stopped it
+        ├── WorkerCrashed            the model's process ended by itself
+        │   └── WorkerKilled         … by a signal: out of memory, most likely
+        ├── WorkerTimeout            the model's process does not answer
+        ├── WrongResult              what was loaded is not what was asked for
+        └── LoadFailed               a library raised something we do not know
+
+``kind`` is stable and for programs; ``message`` says what happened, with names and numbers; ``hint``
+says what to change; ``fix`` holds option values that would mend it, for a button. Only the edge (page,
+API, command line) formats them for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+
+class LoadstoneError(Exception):
+    """Base of the tree. ``status`` is the HTTP status and ``exit_status`` the command line's."""
+
+    kind: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    exit_status: ClassVar[int] = 1
+    title: ClassVar[str] = "Something went wrong"
+    remedy: ClassVar[str] = ""  # the general advice, for README's troubleshooting and as default hint
+
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        fix: Mapping[str, Any] | None = None,
+        details: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint or self.remedy
+        self.fix = dict(fix or {})
+        self.details = details  # a traceback or a log's tail, folded away until asked for
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as JSON-ready data; :func:`error_from_dict` makes it again."""
+        return {
+            "kind": self.kind,
+            "message": self.message,
+            "hint": self.hint,
+            "fix": self.fix,
+            "details": self.details,
+        }
+
+
+class UserError(LoadstoneError):
+    kind = "user"
+    status = 400
+    exit_status = 2
+    title = "This cannot be done as asked"
+
+
+class OptionError(UserError):
+    kind = "option"
+    status = 422
+    title = "An option's value cannot be used"
+    remedy = "Change the option named in the message; its help text gives the values it takes."
+
+
+class OptionConflict(OptionError):
+    kind = "option_conflict"
+    status = 409
+    title = "Options contradict each other"
+    remedy = "Turn one of the two options off."
+
+
+class SettingsError(UserError):
+    kind = "settings"
+    title = "A settings file cannot be used"
+    remedy = "Mend the line named in the message, or delete the file to start from the defaults."
+
+
+class ModelNotFound(UserError):
+    kind = "model_not_found"
+    status = 404
+    title = "No such model"
+    remedy = "Put the model's folder under models/, or name its folder with --model-dir."
+
+
+class BrokenCheckpoint(UserError):
+    kind = "broken_checkpoint"
+    status = 422
+    title = "The model's files are damaged or incomplete"
+    remedy = "Download the file named in the message again."
+
+
+class UnsafeCheckpoint(BrokenCheckpoint):
+    kind = "unsafe_checkpoint"
+    title = "The model's files are not safe to open"
+    remedy = "Get the model as safetensors, from a source you trust."
+
+
+class NotAModel(BrokenCheckpoint):
+    kind = "not_a_model"
+    title = "This is not a model"
+    remedy = "A model folder holds a config.json and weights; a single .gguf file is one too."
+
+
+class UnsupportedModel(UserError):
+    kind = "unsupported_model"
+    status = 422
+    title = "No loader takes this model"
+    remedy = "A newer transformers, or a checkpoint in another format, may be needed."
+
+
+class CustomCodeRefused(UserError):
+    kind = "custom_code"
+    status = 403
+    title = "The model brings its own Python code"
+    remedy = "Read the files named in the message; if you trust them, allow them or use --trust-remote-code."
+
+
+class MissingPackage(UserError):
+    kind = "missing_package"
+    status = 424
+    title = "A package is missing"
+    remedy = "Install the package named in the message and load again; no restart is needed."
+
+
+class OutOfMemory(UserError):
+    kind = "out_of_memory"
+    status = 507
+    title = "Not enough memory"
+    remedy = "Load in 4-bit, choose a shorter context, or let layers go to RAM or disk."
+
+
+class DiskFull(UserError):
+    kind = "disk_full"
+    status = 507
+    title = "Not enough disk space"
+    remedy = "Free some space, or name another folder."
+
+
+class NothingLoaded(UserError):
+    kind = "nothing_loaded"
+    status = 409
+    title = "No model is loaded"
+    remedy = "Load a model on the Model tab first."
+
+
+class Busy(UserError):
+    kind = "busy"
+    status = 409
+    title = "Another load is under way"
+    remedy = "Wait for it to finish, or cancel it."
+
+
+class RequestTooLong(UserError):
+    kind = "request_too_long"
+    status = 413
+    title = "The prompt does not fit the context"
+    remedy = "Shorten the prompt, or load the model with a larger context."
+
+
+class PortInUse(UserError):
+    kind = "port_in_use"
+    title = "The port is taken"
+    remedy = "Stop the other program, or choose another port with --listen-port."
+
+
+class AccessRefused(UserError):
+    kind = "access_refused"
+    status = 403
+    title = "This request is not allowed"
+    remedy = "Open the page under the address that the server printed when it started."
+
+
+class InternalError(LoadstoneError):
+    kind = "internal"
+    title = "Something failed that should not"
+    remedy = "The log under the message tells more; please report it."
+
+
+class Cancelled(InternalError):
+    kind = "cancelled"
+    status = 499
+    title = "Cancelled"
+    remedy = "Load again when you are ready."
+
+
+class WorkerCrashed(InternalError):
+    kind = "worker_crashed"
+    status = 502
+    title = "The model's process ended by itself"
+    remedy = "Load the model again; the log under the message holds the process's last words."
+
+
+class WorkerKilled(WorkerCrashed):
+    kind = "worker_killed"
+    title = "The model's process was killed"
+    remedy = "Most likely memory ran out: load in 4-bit, choose a shorter context, or close other programs."
+
+
+class WorkerTimeout(InternalError):
+    kind = "worker_timeout"
+    status = 504
+    title = "The model's process does not answer"
+    remedy = "Unload the model and load it again."
+
+
+class WrongResult(InternalError):
+    kind = "wrong_result"
+    title = "What was loaded is not what was asked for"
+    remedy = "Nothing was kept. Change the options named in the message."
+
+
+class LoadFailed(InternalError):
+    kind = "load_failed"
+    title = "Loading failed"
+    remedy = "The traceback under the message tells what the library said."
+
+
+def error_classes() -> Iterator[type[LoadstoneError]]:
+    """Every class of the tree, parents before children."""
+    queue: list[type[LoadstoneError]] = [LoadstoneError]
+    while queue:
+        current = queue.pop(0)
+        yield current
+        queue.extend(current.__subclasses__())
+
+
+def error_from_dict(data: Mapping[str, Any]) -> LoadstoneError:
+    """The error that :meth:`LoadstoneError.to_dict` described; an unknown kind gives InternalError."""
+    by_kind = {cls.kind: cls for cls in error_classes()}
+    cls = by_kind.get(str(data.get("kind")), InternalError)
+    return cls(
+        str(data.get("message", "")),
+        str(data.get("hint", "")),
+        fix=data.get("fix") or {},
+        details=str(data.get("details", "")),
+    )

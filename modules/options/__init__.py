@@ -1,0 +1,39 @@
+"""The one table of options. Flags, widgets, saved settings, validation and README's tables loop over it."""
+
+from modules.options.circumstances import Circumstances
+from modules.options.generation import GENERATION_OPTIONS, GenerationOptions
+from modules.options.loader import (
+    GROUPS,
+    LOAD_OPTIONS,
+    PRECISIONS,
+    LoadOptions,
+    alpha_for,
+    changed,
+    check,
+    context_tokens,
+    stretched_context,
+)
+from modules.options.server import COMMAND_OPTIONS, SERVER_OPTIONS, CommandOptions, ServerOptions
+from modules.options.spec import Spec, find, parse_values
+
+__all__ = [
+    "COMMAND_OPTIONS",
+    "GENERATION_OPTIONS",
+    "GROUPS",
+    "LOAD_OPTIONS",
+    "PRECISIONS",
+    "SERVER_OPTIONS",
+    "Circumstances",
+    "CommandOptions",
+    "GenerationOptions",
+    "LoadOptions",
+    "ServerOptions",
+    "Spec",
+    "alpha_for",
+    "changed",
+    "check",
+    "context_tokens",
+    "find",
+    "parse_values",
+    "stretched_context",
+]

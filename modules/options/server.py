@@ -1,0 +1,61 @@
+"""The server options and the one-shot commands: what ``server.py`` itself does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modules.options.spec import option, specs
+
+GROUPS = {"server": "Server", "command": "Without a page: do one thing and exit"}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the page is served, and where things lie."""
+
+    listen_port: int = option(
+        "integer", 7860, "Port", "The port of the page, on 127.0.0.1.", group="server", low=0, high=65535,
+        default_help="7860; 0 takes a free one",
+    )  # fmt: skip
+    auto_launch: bool = option(
+        "flag", False, "Open a browser", "Open the page in the browser when it is up.", group="server",
+    )  # fmt: skip
+    model_dir: tuple[str, ...] = option(
+        "names", (), "Model folders", "Further folders with models, beside models/.", group="server",
+    )  # fmt: skip
+    hf_cache: bool = option(
+        "flag", True, "Hugging Face cache", "Offer the models that the Hugging Face cache holds too.", group="server",
+    )  # fmt: skip
+    settings: str = option(
+        "text", "", "Settings file", "The file with the defaults of this machine.", group="server",
+        default_help="settings.yaml",
+    )  # fmt: skip
+    warm_worker: bool = option(
+        "flag", True, "Warm worker",
+        "Keep a process waiting that has imported the libraries, so that loading starts at once.", group="server",
+    )  # fmt: skip
+    verbose: bool = option("flag", False, "Verbose", "Log more.", group="server")
+
+
+@dataclass(frozen=True)
+class CommandOptions:
+    """What to do instead of serving the page. All off: serve."""
+
+    prompt: str = option(
+        "text", "", "Prompt", "Load --model, print its answer to this text, exit.", group="command",
+    )  # fmt: skip
+    raw_prompt: bool = option(
+        "flag", False, "Raw prompt", "Continue the text as it stands, without the model's chat template.",
+        group="command",
+    )  # fmt: skip
+    demo: bool = option(
+        "flag", False, "Demo", "Bring the demo model, SmolLM2-135M-Instruct, into models/ and select it.",
+        group="command",
+    )  # fmt: skip
+    check: bool = option(
+        "flag", False, "Check", "Tell what of this machine and its packages works, exit.", group="command",
+    )  # fmt: skip
+
+
+SERVER_OPTIONS = specs(ServerOptions)
+COMMAND_OPTIONS = specs(CommandOptions)

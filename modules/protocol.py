@@ -1,0 +1,212 @@
+"""The messages between the web process and a worker, as typed classes.
+
+The web process starts ``python -m modules.worker`` and writes one line of JSON, a :class:`Hello`, to its
+stdin, which then stays open: its end means that the web process is gone, and the worker exits. The worker
+writes events, one line of JSON each, to its stdout. Commands go by HTTP to 127.0.0.1 on the port of
+:class:`Listening`, with ``Authorization: Bearer <secret>``:
+
+======================  ==========================  ==================================================
+``POST /load``          :class:`LoadOrder`          202 at once; then Progress …, Ready or Failed events
+``POST /generate``      :class:`GenerateOrder`      lines of JSON: Piece …, then one Done or Failed;
+                                                    closing the connection stops the generation
+``POST /count``         :class:`CountOrder`         ``{"tokens": n}``
+``GET /memory``         –                           :class:`Memory`
+======================  ==========================  ==================================================
+
+A refused command answers with the error's status and its ``to_dict()``. Nothing here knows an engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from modules.errors import LoadstoneError, error_from_dict
+from modules.options import GenerationOptions, LoadOptions
+
+LOAD, GENERATE, COUNT, MEMORY = "/load", "/generate", "/count", "/memory"
+Task = Literal["causal", "seq2seq"]
+FinishReason = Literal["stop", "length", "cancelled"]
+ChatMessages: TypeAlias = tuple[dict[str, str], ...]  # {"role": "system" | "user" | "assistant", "content": …}
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first line to a worker. ``secret`` never stands in an argument or in the environment."""
+
+    secret: str
+    imports: bool = True  # import the ML packages now, so that a later load need not
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Everything a worker needs to load one model. Paths are absolute; bytes are bytes."""
+
+    name: str
+    path: str  # the folder, or the .gguf file
+    file_format: str  # "safetensors", "pytorch" or "gguf"
+    task: Task
+    quantization: str  # as the checkpoint stores it; "" = plain weights
+    options: LoadOptions
+    ctx_tokens: int
+    offload_dir: str
+    cache_dir: str  # for what is worth keeping between loads (a converted tokenizer)
+    custom_code_allowed: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateOrder:
+    """One answer to generate: ``messages`` through the model's chat template, or ``prompt`` as it stands."""
+
+    options: GenerationOptions
+    messages: ChatMessages = ()
+    prompt: str = ""
+    continue_last: bool = False  # go on with the last message, an assistant's, instead of answering it
+
+
+@dataclass(frozen=True)
+class CountOrder:
+    messages: ChatMessages = ()
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the worker holds. ``gpu_bytes`` by GPU in the order that the machine lists them."""
+
+    rss_bytes: int
+    peak_rss_bytes: int
+    gpu_bytes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, as counted on the model that is there, not as asked for."""
+
+    architecture: str
+    parameters: int
+    footprint_bytes: int  # parameters and buffers, wherever they are
+    device_bytes: dict[str, int]  # the same by device: "cpu", "cuda:0", "disk"
+    dtype: str  # of the parameters that are not quantized: "bfloat16"
+    layer_classes: dict[str, int]  # count of linear layers by class: {"Linear4bit": 210, "Linear": 1}
+    device_map: dict[str, str]  # module → "cpu", "disk", "0"; {"": "cpu"} where all is on one device
+    context_limit: int  # in tokens, after the RoPE options; 0 = not known
+    tokenizer_class: str
+    tokenizer_is_fast: bool
+    has_chat_template: bool
+    attn_implementation: str
+    kwargs: dict[str, str]  # of from_pretrained, as logged
+    load_seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Listening:
+    pid: int
+    port: int
+
+
+@dataclass(frozen=True)
+class Warm:
+    """The ML packages are imported."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``stage`` in words; ``total`` 0 where it is not known."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Ready:
+    report: LoadReport
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: LoadstoneError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of an answer. ``tokens``: how many have been generated so far."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Done:
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_seconds: float
+    seconds: float  # from the first token to the last
+    dropped_messages: int = 0  # left out of the front so that the prompt fits the context
+
+
+Event: TypeAlias = Listening | Warm | Progress | Ready | Failed
+Chunk: TypeAlias = Piece | Done | Failed
+
+_CLASSES: Mapping[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        Hello,
+        LoadOrder,
+        GenerateOrder,
+        CountOrder,
+        Memory,
+        Listening,
+        Warm,
+        Progress,
+        Ready,
+        Failed,
+        Piece,
+        Done,
+    )
+}
+_NESTED: Mapping[str, Mapping[str, type[Any]]] = {
+    "LoadOrder": {"options": LoadOptions},
+    "GenerateOrder": {"options": GenerationOptions},
+    "Ready": {"report": LoadReport, "memory": Memory},
+}
+
+
+def encode(message: Any) -> bytes:
+    """One line of JSON, newline included, that :func:`decode` turns into an equal message."""
+    if isinstance(message, Failed):
+        body: dict[str, Any] = {"error": message.error.to_dict()}
+    else:
+        body = dataclasses.asdict(message)
+    return json.dumps({"is": type(message).__name__, **body}, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes | str) -> Any:
+    """The message of one line. Raises ValueError for what is none."""
+    data = json.loads(line)
+    if not isinstance(data, dict) or data.get("is") not in _CLASSES:
+        raise ValueError(f"not a message: {line[:200]!r}")
+    name = data.pop("is")
+    if name == "Failed":
+        return Failed(error_from_dict(data["error"]))
+    for key, cls in _NESTED.get(name, {}).items():
+        data[key] = _build(cls, data[key])
+    return _build(_CLASSES[name], data)
+
+
+def _build(cls: type[Any], data: Mapping[str, Any]) -> Any:
+    """An instance of ``cls``; JSON's lists become the tuples that frozen classes hold."""
+    known = {item.name for item in dataclasses.fields(cls)}
+    if unknown := set(data) - known:
+        raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
