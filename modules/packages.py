@@ -1,0 +1,67 @@
+"""Which optional packages a feature needs, and what is installed. Nothing here imports the packages themselves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+
+_GPTQ = ("gptqmodel==7.6.0", "optimum==2.3.0")  # 7.7 wants a torch and a pillow that Gradio 6.31 refuses
+
+# Feature → pip requirements. The features are the checkpoints' quant_method and attn_implementation's values.
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "gptq": _GPTQ,
+    "awq": _GPTQ,
+    "flash_attention_2": ("flash-attn",),
+    "hqq": ("hqq",),
+    "aqlm": ("aqlm",),
+    "vptq": ("vptq",),
+    "quanto": ("optimum-quanto",),
+    "torchao": ("torchao",),
+    "compressed-tensors": ("compressed-tensors",),
+    "auto-round": ("auto-round",),
+    "mxfp4": ("kernels",),
+    "eetq": ("kernels",),
+}
+
+
+def missing(feature: str) -> tuple[str, ...]:
+    """The pip requirements of ``feature`` that are not installed; ``()`` for a feature that needs none.
+
+    Looks anew each time, so that a package installed while the server runs is seen without a restart.
+    """
+    importlib.invalidate_caches()
+    return tuple(requirement for requirement in EXTRAS.get(feature, ()) if not _installed(_name(requirement)))
+
+
+def installed_versions(requirements: Path = REQUIREMENTS) -> dict[str, str]:
+    """The installed version of each package named in ``requirements``; ``""`` where one is missing."""
+    importlib.invalidate_caches()
+    return {name: _version(name) for name in _names(requirements)}
+
+
+def _names(requirements: Path) -> Iterator[str]:
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        if requirement := line.split("#")[0].strip():
+            yield _name(requirement)
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\s=<>!~;\[@]", requirement, maxsplit=1)[0]
+
+
+def _installed(name: str) -> bool:
+    # A package built by hand or by conda may lack pip's metadata, so the module counts too.
+    return bool(_version(name)) or importlib.util.find_spec(name.replace("-", "_")) is not None
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
