@@ -1,0 +1,179 @@
+"""Whether a model's files are complete, undamaged and safe to open: cheap checks on names, sizes and headers.
+
+No tensor is read and no ML package is imported, so that the web process can say before loading what a worker
+would find after a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from modules.errors import BrokenCheckpoint, NotAModel, UnsafeCheckpoint
+
+# The names under which transformers looks for weights in a folder: one file, or the index of many.
+WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
+    "safetensors": ("model.safetensors", "model.safetensors.index.json"),
+    "pytorch": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def check_files(path: Path, file_format: str) -> None:
+    """Check the files of the model at ``path`` (a folder, or a ``.gguf`` file) as ``file_format`` stores it.
+
+    ``file_format`` is "safetensors", "pytorch" or "gguf". Raises NotAModel where there are no weights,
+    UnsafeCheckpoint where an index names a file outside the folder, BrokenCheckpoint where something is
+    missing, cut short or unreadable.
+    """
+    if file_format == "gguf":
+        _check_gguf(path)
+        return
+    read_json(path / "config.json", absent=NotAModel)
+    for file in weight_files(path, file_format):
+        if file_format == "safetensors":
+            safetensors_header(file)
+        else:
+            _check_pickle(file)
+
+
+def weight_files(path: Path, file_format: str) -> list[Path]:
+    """The files that hold the folder's weights, each there. Raises as :func:`check_files` does."""
+    single, index = WEIGHT_FILES[file_format]
+    if (path / single).is_file():  # transformers takes the single file where there are both
+        return [path / single]
+    if not (path / index).is_file():
+        raise NotAModel(f"{path.name} holds neither {single} nor {index}.")
+    weight_map = read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BrokenCheckpoint(f"{index} in {path.name} names no weights (weight_map).")
+    names = sorted({safe_name(path, index, name) for name in weight_map.values()})
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise BrokenCheckpoint(
+            f"{len(missing)} of {len(names)} weight files of {path.name} are missing: {', '.join(missing[:5])}"
+            f"{', …' if len(missing) > 5 else '.'}"
+        )
+    files = [path / name for name in names]
+    if file_format == "safetensors":
+        _check_tensors_are_there(path / index, weight_map)
+    return files
+
+
+def safe_name(folder: Path, source: str, name: object) -> str:
+    """``name`` where it stays inside ``folder``; raises UnsafeCheckpoint where ``source`` names one that does not.
+
+    The name alone decides: files of a download cache are links to other folders, and are meant.
+    """
+    text = name if isinstance(name, str) else ""
+    if not text or "\0" in text or _leaves(PurePosixPath(text)) or _leaves(PureWindowsPath(text)):
+        raise UnsafeCheckpoint(f"{source} in {folder.name} names a file outside the model's folder: {name!r}.")
+    return text
+
+
+def _leaves(name: PurePosixPath | PureWindowsPath) -> bool:
+    return bool(name.anchor) or ".." in name.parts
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: tensor name → ``{"dtype", "shape", "data_offsets"}``.
+
+    Reads the header alone and compares the offsets with the file's size in bytes. Raises BrokenCheckpoint.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+        _refuse_lfs_pointer(path, start, size)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+            raise BrokenCheckpoint(f"{path.name} is not a safetensors file ({size:,} bytes).")
+        file.seek(8)
+        raw = file.read(length)
+    if len(raw) < length:
+        raise _cut_short(path, size, 8 + length)
+    try:
+        header = json.loads(raw)
+        ends = [_tensor_end(entry) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenCheckpoint(f"The header of {path.name} is damaged.") from None
+    if size < (expected := 8 + length + max(ends, default=0)):
+        raise _cut_short(path, size, expected)
+    return dict(header)
+
+
+def _tensor_end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor's bytes end after the header. Raises ValueError where shape and offsets disagree."""
+    begin, end = entry["data_offsets"]
+    bits = _DTYPE_BITS.get(entry["dtype"])
+    if bits is not None and math.prod(entry["shape"]) * bits != (end - begin) * 8:
+        raise ValueError
+    return int(end)
+
+
+def read_json(path: Path, absent: type[BrokenCheckpoint] = BrokenCheckpoint) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``absent`` where there is no file, BrokenCheckpoint where it is not JSON."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise absent(f"{path.parent.name} has no {path.name}.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BrokenCheckpoint(f"{path.name} in {path.parent.name} is not JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise BrokenCheckpoint(f"{path.name} in {path.parent.name} holds no JSON object.")
+    return data
+
+
+def _check_tensors_are_there(index: Path, weight_map: Mapping[str, str]) -> None:
+    held = {file: set(safetensors_header(index.parent / file)) for file in set(weight_map.values())}
+    for tensor, file in weight_map.items():
+        if tensor not in held[file]:
+            raise BrokenCheckpoint(f"{file} lacks {tensor}, which {index.name} says is in it.")
+
+
+def _check_pickle(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    _refuse_lfs_pointer(path, start, size)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise BrokenCheckpoint(f"{path.name} is not a PyTorch file ({size:,} bytes).")
+    if start.startswith(b"PK") and not _has_zip_end(path):
+        raise BrokenCheckpoint(f"{path.name} is cut short: it ends after {size:,} bytes, without its directory.")
+
+
+def _has_zip_end(path: Path) -> bool:
+    """Whether a zip archive's end record is there; a download that stopped lacks it."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 66_000))
+        return b"PK\x05\x06" in file.read()
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise NotAModel(f"{path.name} is not a .gguf file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    _refuse_lfs_pointer(path, start, size)
+    if not start.startswith(b"GGUF") or size < 24:
+        raise BrokenCheckpoint(f"{path.name} is not a GGUF file ({size:,} bytes).")
+
+
+def _refuse_lfs_pointer(path: Path, start: bytes, size: int) -> None:
+    if start.startswith(_LFS_POINTER):
+        raise BrokenCheckpoint(
+            f"{path.name} is a Git LFS pointer of {size} bytes, not the file itself.",
+            "Run `git lfs pull` in the model's folder, or download the model again.",
+        )
+
+
+def _cut_short(path: Path, size: int, expected: int) -> BrokenCheckpoint:
+    return BrokenCheckpoint(f"{path.name} is cut short: {size:,} bytes of {expected:,}.")
