@@ -20,6 +20,10 @@ class ServerOptions:
     auto_launch: bool = option(
         "flag", False, "Open a browser", "Open the page in the browser when it is up.", group="server",
     )  # fmt: skip
+    home: str = option(
+        "text", "", "Home", "The folder that holds models/, loras/ and settings.yaml.", group="server",
+        default_help="where server.py lies",
+    )  # fmt: skip
     model_dir: tuple[str, ...] = option(
         "names", (), "Model folders", "Further folders with models, beside models/.", group="server",
     )  # fmt: skip

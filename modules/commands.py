@@ -1,0 +1,76 @@
+"""What ``server.py`` does without a page: answer one prompt, check the machine, bring the demo model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from modules import demo as demo_model
+from modules import packages
+from modules.errors import UserError
+from modules.protocol import Done, Piece
+from modules.service import Service
+from modules.units import format_bytes, format_seconds
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def say(text: str) -> None:
+    """To stderr: stdout is for what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def demo(models_dir: Path) -> str:
+    """Bring the demo model into ``models_dir``; its name."""
+    return demo_model.bring(models_dir, say)
+
+
+def prompt(service: Service, text: str, *, raw: bool) -> int:
+    """Load the model, print its answer to ``text``; the exit status. Raises what loading or generating raises."""
+    if not service.preselected:
+        raise UserError("--prompt needs a model.", "Name one with --model, or use --demo.")
+    service.load(service.preselected, source="command line")
+    snapshot = service.supervisor.wait_loaded()
+    if snapshot.error or snapshot.loaded is None:
+        raise snapshot.error or UserError("Nothing was loaded.")
+    report = snapshot.loaded.report
+    as_chat = report.has_chat_template and not raw
+    say(
+        f"{snapshot.loaded.order.name} loaded in {format_seconds(report.load_seconds)}, "
+        f"{format_bytes(report.footprint_bytes)}; {'chat' if as_chat else 'plain completion'}"
+    )
+    for note in (*snapshot.notes, *report.notes):
+        say(f"note: {note}")
+    asked = {"messages": [{"role": "user", "content": text}]} if as_chat else {"prompt": text}
+    for chunk in service.generate({}, **asked):
+        if isinstance(chunk, Piece):
+            print(chunk.text, end="", flush=True)
+        elif isinstance(chunk, Done):
+            print(flush=True)
+            speed = chunk.completion_tokens / chunk.seconds if chunk.seconds else 0
+            say(f"{chunk.completion_tokens} tokens, {speed:.1f} tokens/s")
+    return 0
+
+
+def check(service: Service) -> int:
+    """Print what of this machine and its packages works; 0 if models can be loaded, else 1."""
+    machine = service.measure()
+    print(f"Python      {sys.version.split()[0]}")
+    print(f"RAM         {format_bytes(machine.ram_free_bytes)} of {format_bytes(machine.ram_total_bytes)} free")
+    print(f"Disk        {format_bytes(machine.disk_free_bytes)} free")
+    for gpu in machine.gpus:
+        size = f"{format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free"
+        print(f"GPU {gpu.index}       {gpu.name}, {size}")
+    if not machine.gpus:
+        print("GPU         none found: models will run on the CPU")
+    for name, version in packages.installed_versions().items():
+        print(f"{name:<20} {version or 'MISSING'}")
+    for feature in packages.EXTRAS:
+        missing = packages.missing(feature)
+        print(f"{feature:<20} {'ok' if not missing else 'optional, missing: ' + ', '.join(missing)}")
+    print(f"Models      {len(service.models())} found")
+    print("Worker      trying a load process …", flush=True)
+    ok = subprocess.run([sys.executable, "-m", "modules.worker.check"], cwd=HERE, check=False).returncode == 0
+    print("All that is needed works." if ok else "Loading models will fail; see above.")
+    return 0 if ok else 1

@@ -1,0 +1,325 @@
+"""What a user can do, once. The page, the API and the command line are thin skins over this.
+
+The service holds no state of its own: what is loaded is the supervisor's, what lies on disk the library's,
+what was saved the settings'. Every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from modules import packages
+from modules.devices import Machine
+from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage
+from modules.library import Library, Model, ModelFacts
+from modules.options import (
+    GENERATION_OPTIONS,
+    LOAD_OPTIONS,
+    Circumstances,
+    GenerationOptions,
+    LoadOptions,
+    check,
+    context_tokens,
+)
+from modules.planner import Estimate, estimate, fits_beside
+from modules.protocol import ChatMessages, Chunk, CountOrder, Done, Failed, GenerateOrder, LoadOrder, Piece
+from modules.settings import CodeApprovals, Resolved, Settings, resolve
+from modules.supervisor import Snapshot, Supervisor
+
+log = logging.getLogger(__name__)
+
+Source = Literal["page", "api", "command line"]
+
+
+@dataclass(frozen=True)
+class View:
+    """One model with the options that a load would get now, and what can be said of it before loading."""
+
+    name: str
+    facts: ModelFacts | None
+    options: LoadOptions
+    origin: Mapping[str, str]  # option → the layer that its value came from
+    reasons: Mapping[str, str]  # option → why it does not apply; only those
+    notes: tuple[str, ...] = ()
+    problem: LoadstoneError | None = None  # what a load with these options would be refused for
+    estimate: Estimate | None = None
+    context_tokens: int = 0
+    code_allowed: bool = False
+
+
+class Service:
+    """See the module. ``flags`` are the loader's and generation's values given on the command line."""
+
+    def __init__(
+        self,
+        library: Library,
+        settings: Settings,
+        approvals: CodeApprovals,
+        supervisor: Supervisor,
+        measure: Callable[[], Machine],
+        *,
+        cache_dir: Path,
+        flags: Mapping[str, Any] | None = None,
+        generation_flags: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.library = library
+        self.settings = settings
+        self.approvals = approvals
+        self.supervisor = supervisor
+        self.measure = measure
+        self._cache_dir = cache_dir
+        self._flags = {name: value for name, value in (flags or {}).items() if name != "model"}
+        self._generation_flags = dict(generation_flags or {})
+        self.preselected = str((flags or {}).get("model", ""))
+
+    # --- what there is ---
+
+    def models(self) -> list[Model]:
+        return self.library.models()
+
+    def find(self, name: str, source: Source = "page") -> Model:
+        """The model of that name; a path is taken from the command line only. Raises ModelNotFound."""
+        return self.library.find(name, allow_paths=source == "command line")
+
+    def snapshot(self) -> Snapshot:
+        return self.supervisor.snapshot()
+
+    def circumstances(self, facts: ModelFacts | None, options: LoadOptions) -> Circumstances:
+        values = {name: getattr(options, name) for name in LOAD_OPTIONS}
+        gpu_names = tuple(gpu.name for gpu in self.measure().gpus)
+        if facts is None:
+            return Circumstances(gpu_names=gpu_names, values=values)
+        return facts.circumstances(gpu_names, values)
+
+    # --- before loading ---
+
+    def base(self, name: str) -> tuple[Resolved[LoadOptions], str]:
+        """The options that this model gets when nothing is changed by hand, and a warning about its saved file."""
+        saved, warning = self.settings.saved(name) if name else ({}, "")
+        return resolve(self._lower_layers(saved)), warning
+
+    def _lower_layers(self, saved: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+        return [("settings.yaml", self.settings.load_values), ("saved", saved), ("flag", self._flags)]
+
+    def view(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> View:
+        """What the page shows of ``name`` with the options of ``form``. Problems are in the view, not raised."""
+        facts: ModelFacts | None = None
+        try:
+            facts = self.library.facts(self.find(name, source)) if name else None
+            resolved, warning = self._resolve(name, form)
+        except LoadstoneError as problem:
+            fallback, _ = self.base("")
+            return View(name, facts, fallback.options, fallback.origin, self._reasons(facts, fallback.options),
+                        problem=problem)  # fmt: skip
+        notes: tuple[str, ...] = (warning,) if warning else ()
+        options, dropped = self._drop_inherited(resolved, facts, form)
+        found: LoadstoneError | None = None
+        try:
+            notes += check(options, self.circumstances(facts, options))
+        except LoadstoneError as problem:
+            found = problem
+        tokens = context_tokens(options, facts.context_tokens if facts else 0)
+        return View(
+            name, facts, options, resolved.origin, self._reasons(facts, options),
+            notes=(*dropped, *notes), problem=found, context_tokens=tokens,
+            estimate=estimate(facts, options, tokens, self.measure()) if facts else None,
+            code_allowed=bool(facts and self._code_allowed(facts, resolved)),
+        )  # fmt: skip
+
+    def _resolve(self, name: str, form: Mapping[str, Any] | None) -> tuple[Resolved[LoadOptions], str]:
+        """The options of all layers. Of the form only what differs from the layers below is a choice of its own."""
+        base, warning = self.base(name)
+        chosen = {key: value for key, value in (form or {}).items() if value != getattr(base.options, key, None)}
+        saved, _ = self.settings.saved(name) if name else ({}, "")
+        return resolve([*self._lower_layers(saved), ("form", chosen)]), warning
+
+    def _reasons(self, facts: ModelFacts | None, options: LoadOptions) -> dict[str, str]:
+        circumstances = self.circumstances(facts, options)
+        reasons = {name: spec.applies(circumstances) for name, spec in LOAD_OPTIONS.items()}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    def _drop_inherited(
+        self, resolved: Resolved[LoadOptions], facts: ModelFacts | None, form: Mapping[str, Any] | None
+    ) -> tuple[LoadOptions, tuple[str, ...]]:
+        """Without values from settings.yaml or a flag for another model, where they cannot apply to this one.
+
+        A person who starts with ``--load-in-4bit --model A`` and then picks the GPTQ model B is not refused.
+        """
+        if facts is None or facts.model.name == self.preselected:
+            return resolved.options, ()
+        reasons = self._reasons(facts, resolved.options)
+        inherited = {
+            name: spec.default
+            for name, spec in LOAD_OPTIONS.items()
+            if name in reasons and spec.strict and resolved.origin.get(name) in ("settings.yaml", "flag", "saved")
+        }
+        values = {n: d for n, d in inherited.items() if getattr(resolved.options, n) != d}
+        notes = tuple(f"{LOAD_OPTIONS[n].flag} is left out here. {reasons[n]}" for n in values)
+        return replace(resolved.options, **values), notes
+
+    def _code_allowed(self, facts: ModelFacts, resolved: Resolved[LoadOptions]) -> bool:
+        """Custom code runs after a flag or settings.yaml said so, or after a yes to exactly these files."""
+        on = resolved.options.trust_remote_code
+        by_owner = on and resolved.origin.get("trust_remote_code") in ("flag", "settings.yaml")
+        return by_owner or (bool(facts.code_files) and self.approvals.allowed(facts.model.name, facts.code_files))
+
+    def allow_code(self, name: str, hashes: Mapping[str, str]) -> None:
+        """Allow the Python files of a model as seen: file name → SHA-256. Raises CustomCodeRefused if they changed."""
+        facts = self.library.facts(self.find(name))
+        if {file.name: file.sha256 for file in facts.code_files} != dict(hashes):
+            raise CustomCodeRefused(f"The Python files of {name} are not the ones that were shown.", "Look again.")
+        self.approvals.allow(name, facts.code_files)
+
+    # --- loading ---
+
+    def order(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> LoadOrder:
+        """The order for one load. Raises what a load would be refused for before it starts."""
+        view = self.view(name, form, source)
+        if view.problem:
+            raise view.problem
+        facts = view.facts
+        if facts is None:
+            self.find(name, source)
+            raise AssertionError("a model that was found has facts")
+        asked = bool((form or {}).get("trust_remote_code"))
+        if asked and source != "command line" and facts.code_files and not view.code_allowed:
+            raise _code_refused(facts)
+        self._require_packages(facts, view.options)
+        return LoadOrder(
+            name=facts.model.name, path=str(facts.model.path), file_format=facts.model.file_format,
+            task=facts.task, quantization=facts.quantization, options=view.options,
+            ctx_tokens=view.context_tokens, offload_dir=view.options.disk_cache_dir or str(self._cache_dir / "offload"),
+            cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
+        )  # fmt: skip
+
+    def _require_packages(self, facts: ModelFacts, options: LoadOptions) -> None:
+        features = [facts.quantization]
+        if "attn_implementation" not in self._reasons(facts, options):
+            features.append(options.attn_implementation)
+        for feature in features:
+            if feature in packages.EXTRAS and packages.missing(feature):
+                raise MissingPackage(
+                    f"{facts.model.name} needs {', '.join(packages.missing(feature))}.",
+                    f"Install with: pip install {' '.join(packages.EXTRAS[feature])}",
+                )
+
+    def load(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> None:
+        """Start loading; returns at once. Raises what is known to be wrong beforehand, or Busy."""
+        order = self.order(name, form, source)
+        view = self.view(name, form, source)
+        beside = view.estimate is not None and fits_beside(view.estimate, self.measure())
+        self.supervisor.load(order, beside=beside)
+
+    def unload(self) -> None:
+        self.supervisor.unload()
+
+    def reload(self) -> None:
+        self.supervisor.reload()
+
+    def cancel(self) -> None:
+        self.supervisor.cancel()
+
+    # --- settings ---
+
+    def save_settings(self, name: str, form: Mapping[str, Any]) -> Path:
+        """Keep the options for this model: what differs from the table and settings.yaml. Raises OptionError."""
+        self.find(name)
+        lower = resolve([("settings.yaml", self.settings.load_values)]).options
+        resolved, _ = self._resolve(name, form)
+        values = {
+            key: value for key in LOAD_OPTIONS if (value := getattr(resolved.options, key)) != getattr(lower, key)
+        }
+        values.pop("model", None)
+        return self.settings.save(name, values)
+
+    def generation_defaults(self) -> GenerationOptions:
+        return self._generation({})
+
+    def _generation(self, values: Mapping[str, Any]) -> GenerationOptions:
+        layers = {**self.settings.generation_values, **self._generation_flags}
+        given = {**layers, **{key: GENERATION_OPTIONS[key].parse(value) for key, value in values.items()}}
+        return GenerationOptions(**given)
+
+    # --- using what is loaded ---
+
+    def generate(
+        self,
+        values: Mapping[str, Any],
+        *,
+        messages: Sequence[Mapping[str, str]] = (),
+        prompt: str = "",
+        continue_last: bool = False,
+        stopped: threading.Event | None = None,
+    ) -> Iterator[Chunk]:
+        """An answer as it comes: Piece …, then Done. Setting ``stopped`` or closing the iterator ends it.
+
+        Raises NothingLoaded, WorkerCrashed and what the worker answers with.
+        """
+        chat: ChatMessages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
+        order = GenerateOrder(self._generation(values), chat, prompt, continue_last)
+        yield from _Pump(self.supervisor, order, stopped or threading.Event()).chunks()
+
+    def count_tokens(self, messages: Sequence[Mapping[str, str]] = (), prompt: str = "") -> int:
+        return self.supervisor.count(CountOrder(tuple(dict(m) for m in messages), prompt))
+
+
+class _Pump:
+    """Moves chunks from the supervisor to the caller, so that a stop is answered while a long prompt is read."""
+
+    def __init__(self, supervisor: Supervisor, order: GenerateOrder, stopped: threading.Event) -> None:
+        self._chunks: queue.SimpleQueue[Chunk | LoadstoneError | None] = queue.SimpleQueue()
+        self._stopped = stopped
+        self._thread = threading.Thread(target=self._run, args=(supervisor, order), daemon=True, name="generate")
+
+    def _run(self, supervisor: Supervisor, order: GenerateOrder) -> None:
+        try:
+            source = supervisor.generate(order)
+            for chunk in source:
+                self._chunks.put(chunk)
+                if self._stopped.is_set():
+                    break
+        except LoadstoneError as error:
+            self._chunks.put(error)
+        except Exception as error:
+            log.exception("a generation failed")
+            self._chunks.put(LoadstoneError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._chunks.put(None)
+
+    def chunks(self) -> Iterator[Chunk]:
+        self._thread.start()
+        tokens = 0
+        try:
+            while True:
+                try:
+                    chunk = self._chunks.get(timeout=0.05)
+                except queue.Empty:
+                    if not self._stopped.is_set():
+                        continue
+                    yield Done("cancelled", 0, tokens, 0.0, 0.0)
+                    return
+                if chunk is None:
+                    if self._stopped.is_set():
+                        yield Done("cancelled", 0, tokens, 0.0, 0.0)
+                    return
+                if isinstance(chunk, LoadstoneError):
+                    raise chunk
+                if isinstance(chunk, Failed):
+                    raise chunk.error
+                tokens = chunk.tokens if isinstance(chunk, Piece) else tokens
+                yield chunk
+                if isinstance(chunk, Done):
+                    return
+        finally:
+            self._stopped.set()
+
+
+def _code_refused(facts: ModelFacts) -> CustomCodeRefused:
+    files = ", ".join(f"{file.name} (SHA-256 {file.sha256[:12]}…)" for file in facts.code_files)
+    return CustomCodeRefused(f"{facts.model.name} brings Python code that nobody has allowed yet: {files}.")

@@ -1,0 +1,86 @@
+"""The page. ``build`` makes the Blocks, ``mount`` puts it on the web application."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from modules.service import Service
+from modules.ui import cards, chat_tab, model_tab, session_tab
+
+_HERE = Path(__file__).parent
+TITLE = "Loadstone"
+
+
+def build(service: Service) -> gr.Blocks:
+    """The whole page, wired to ``service``."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        with gr.Row(elem_id="top"):
+            gr.HTML("<h1>Loadstone</h1>", elem_id="brand", padding=False)
+            line = gr.HTML(cards.status_line(service.snapshot()), elem_id="status", padding=False)
+        sync = gr.Button("sync", visible="hidden", elem_id="sync")
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Model", id="model"):
+                models = model_tab.build(service)
+            with gr.Tab("Chat", id="chat"):
+                chat = chat_tab.build(service)
+            with gr.Tab("Session", id="session"):
+                session_tab.build(service)
+        model_tab.wire(models, service)
+        chat_tab.wire(chat, service, chat_tab.Stops())
+        _follow_state(page, service, line, sync, models, chat)
+    page.queue(default_concurrency_limit=16)
+    return page
+
+
+def _follow_state(
+    page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.Button,
+    models: model_tab.ModelTab, chat: chat_tab.ChatTab,
+) -> None:  # fmt: skip
+    """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed."""
+
+    def synced(model: str | None, loaded_at: float) -> list[Any]:
+        snapshot = service.snapshot()
+        since = snapshot.loaded.since if snapshot.loaded else 0.0
+        mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
+        return [cards.status_line(snapshot), mode, since, *model_tab.state_updates(snapshot, model or "")]
+
+    def opened(remembered_model: dict[str, Any], remembered_chat: dict[str, Any]) -> list[Any]:
+        return [
+            cards.status_line(service.snapshot()),
+            *model_tab.opened(models, service, remembered_model),
+            *chat_tab.opened(chat, service, remembered_chat),
+        ]
+
+    loaded_at = gr.State(0.0)
+    sync.click(
+        synced, [models.model, loaded_at], [line, chat.mode, loaded_at, *models.follows_state],
+        queue=False, **model_tab.QUIET,
+    )  # fmt: skip
+    page.load(
+        opened, [models.remembered, chat.remembered],
+        [line, *model_tab.opened_outputs(models), chat.mode, chat.system, *chat.fields.values()],
+        **model_tab.QUIET,
+    )  # fmt: skip
+
+
+def mount(app: FastAPI, service: Service) -> FastAPI:
+    """The page at ``/`` of ``app``, with its style and script."""
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    return gr.mount_gradio_app(
+        app, build(service), path="/", server_name="127.0.0.1", footer_links=[], run_history=False, ssr_mode=False,
+        enable_monitoring=False, pwa=False, theme=_theme(), css_paths=[_HERE / "page.css"],
+        head=f"<script>{script}</script>", show_error=True,
+    )  # fmt: skip
+
+
+def _theme() -> gr.themes.Base:
+    """System fonts only: nothing is fetched from another host."""
+    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+    return gr.themes.Default(
+        primary_hue="teal", neutral_hue="slate", font=sans, font_mono=mono, spacing_size="sm", radius_size="md"
+    )

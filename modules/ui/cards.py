@@ -1,0 +1,231 @@
+"""The page's HTML: the status line, the status card, the memory bars. Pure functions of what the service says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from html import escape
+
+from modules.devices import Machine
+from modules.errors import LoadstoneError
+from modules.options import LOAD_OPTIONS, LoadOptions, changed
+from modules.planner import Estimate
+from modules.service import View
+from modules.supervisor import Loaded, Snapshot, State
+from modules.units import format_bytes, format_seconds, format_tokens
+
+_STATE_WORDS = {
+    State.EMPTY: ("idle", "No model loaded"),
+    State.STARTING: ("busy", "Starting"),
+    State.LOADING: ("busy", "Loading"),
+    State.READY: ("ready", "Ready"),
+    State.UNLOADING: ("busy", "Unloading"),
+    State.FAILED: ("failed", "Failed"),
+    State.CANCELLED: ("idle", "Cancelled"),
+}
+
+
+def busy(snapshot: Snapshot) -> bool:
+    """Whether a load or an unload is under way."""
+    return snapshot.state in (State.STARTING, State.LOADING, State.UNLOADING)
+
+
+def options_in_words(options: LoadOptions) -> str:
+    """The options that differ from the defaults: ``4-bit nf4 · alpha_value 2.5``."""
+    words = []
+    for name, value in changed(options).items():
+        spec = LOAD_OPTIONS[name]
+        if name in ("model", "ctx_size"):
+            continue
+        if name == "load_in_4bit":
+            words.append(f"4-bit {options.quant_type}")
+        elif spec.kind == "flag":
+            words.append(spec.label if value else f"no {spec.label.lower()}")
+        elif name != "quant_type":
+            shown = " ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
+            words.append(f"{spec.label} {shown} {spec.unit}".strip())
+    return " · ".join(words)
+
+
+def loaded_in_words(loaded: Loaded) -> str:
+    """``Llama-3-8B · 4-bit nf4 · 16k``: what is loaded, with which options."""
+    precision = "" if loaded.order.options.load_in_4bit else loaded.order.quantization or loaded.report.dtype
+    parts = [
+        loaded.order.name,
+        precision,
+        options_in_words(loaded.order.options),
+        format_tokens(loaded.order.ctx_tokens),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def status_line(snapshot: Snapshot) -> str:
+    """One line for every tab: state, what is loaded, memory held, tokens a second."""
+    css, word = _STATE_WORDS[snapshot.state]
+    parts = [f'<span class="dot {css}" aria-hidden="true"></span>']
+    if snapshot.loaded:
+        parts.append(f"<b>{escape(loaded_in_words(snapshot.loaded))}</b>")
+        parts.append(f"<span>{format_bytes(snapshot.loaded.report.footprint_bytes)}</span>")
+        if snapshot.generating:
+            waiting = f", {snapshot.generating - 1} waiting" if snapshot.generating > 1 else ""
+            parts.append(f"<span>{snapshot.tokens_per_second:.0f} tokens/s{waiting}</span>")
+    if not snapshot.loaded or busy(snapshot):
+        name = f" {snapshot.order.name}" if snapshot.order and busy(snapshot) else ""
+        parts.append(f"<span>{escape(word + name)}{_percent(snapshot)}</span>")
+    return f'<div class="status-line" role="status" aria-live="polite">{"".join(parts)}</div>'
+
+
+def _percent(snapshot: Snapshot) -> str:
+    progress = snapshot.progress
+    return f" {100 * progress.done // progress.total} %" if progress and progress.total else ""
+
+
+def status_card(snapshot: Snapshot) -> str:
+    """State, progress, what is loaded and since when, memory before and after, the error with its remedy."""
+    css, word = _STATE_WORDS[snapshot.state]
+    parts = [f'<div class="card {css}"><div class="card-head"><span class="dot {css}"></span>']
+    parts.append(f"<b>{escape(_headline(snapshot, word))}</b></div>")
+    if busy(snapshot):
+        parts.append(_progress(snapshot))
+    elif snapshot.error:
+        parts.append(error_box(snapshot.error))
+    if snapshot.loaded:
+        parts.append(_loaded(snapshot.loaded))
+    parts.append(_notes(snapshot.notes))
+    parts.append(_log(snapshot.log))
+    return "".join(parts) + "</div>"
+
+
+def _headline(snapshot: Snapshot, word: str) -> str:
+    if busy(snapshot) and snapshot.order:
+        return f"{word} {snapshot.order.name}"
+    if snapshot.error and snapshot.order and snapshot.state is State.FAILED:
+        return f"{snapshot.order.name}: {snapshot.error.title.lower()}"
+    if snapshot.loaded:
+        return f"Ready · {snapshot.loaded.order.name} · loaded in {format_seconds(snapshot.loaded.report.load_seconds)}"
+    return word
+
+
+def _progress(snapshot: Snapshot) -> str:
+    progress = snapshot.progress
+    stage = progress.stage if progress else "starting"
+    if progress and progress.total:
+        share = progress.done / progress.total
+        eta = f" · {format_seconds(snapshot.eta_s)} left" if snapshot.eta_s else ""
+        text = f"{stage} · {progress.done:,} of {progress.total:,} {progress.unit}{eta}"
+        bar = f'<div class="bar"><div class="fill planned" style="width:{100 * share:.1f}%"></div></div>'
+    else:
+        text, bar = stage, '<div class="bar"><div class="fill planned moving"></div></div>'
+    return f'{bar}<div class="small">{escape(text)} · {format_seconds(snapshot.elapsed_s)}</div>'
+
+
+def _loaded(loaded: Loaded) -> str:
+    report = loaded.report
+    since = time.strftime("%H:%M", time.localtime(loaded.since))
+    layers = ", ".join(f"{count} {name}" for name, count in report.layer_classes.items())
+    rows = [
+        ("Model", f"{report.architecture}, {report.dtype}, {report.parameters:,} parameters"),
+        ("Options", options_in_words(loaded.order.options) or "defaults"),
+        ("Layers", layers),
+        ("Held", ", ".join(f"{format_bytes(size)} on {device}" for device, size in report.device_bytes.items())),
+        ("Process", f"{format_bytes(loaded.memory_at_load.rss_bytes)} of RAM{_gpu_memory(loaded)}"),
+        *_before_after(loaded),
+        ("Context", f"{loaded.order.ctx_tokens:,} tokens (the model's limit is {report.context_limit:,})"),
+        ("Since", since),
+    ]
+    return _table(rows) + _notes(report.notes)
+
+
+def _gpu_memory(loaded: Loaded) -> str:
+    return "".join(f", {format_bytes(size)} of GPU {i}" for i, size in enumerate(loaded.memory_at_load.gpu_bytes))
+
+
+def _before_after(loaded: Loaded) -> list[tuple[str, str]]:
+    before, after = loaded.machine_before, loaded.machine_after
+    if not (isinstance(before, Machine) and isinstance(after, Machine)):
+        return []
+    rows = [("Free RAM", f"{format_bytes(before.ram_free_bytes)} before, {format_bytes(after.ram_free_bytes)} after")]
+    for old, new in zip(before.gpus, after.gpus, strict=False):
+        words = f"{format_bytes(old.free_bytes)} before, {format_bytes(new.free_bytes)} after"
+        rows.append((f"Free on GPU {new.index}", words))
+    return rows
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows if text)
+    return f'<table class="facts">{cells}</table>'
+
+
+def error_box(error: LoadstoneError) -> str:
+    """What happened and what to change, with the traceback folded under it."""
+    details = ""
+    if error.details:
+        text = escape(error.details)
+        details = (
+            '<details><summary>Details</summary><button class="copy" data-copy>Copy</button>'
+            f"<pre>{text}</pre></details>"
+        )
+    hint = f"<p>{escape(error.hint)}</p>" if error.hint else ""
+    return f'<div class="error" role="alert"><p><b>{escape(error.message)}</b></p>{hint}{details}</div>'
+
+
+def _notes(notes: Iterable[str]) -> str:
+    return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+
+
+def _log(lines: Iterable[str]) -> str:
+    text = escape("\n".join(lines))
+    return f'<details class="log"><summary>Log</summary><pre>{text}</pre></details>' if text else ""
+
+
+def fit_card(view: View, machine: Machine) -> str:
+    """One bar a device: what others hold, what this model would take, what stays free. An estimate."""
+    needed = view.estimate
+    parts = ['<div class="card"><div class="card-head"><b>Will it fit</b></div>']
+    for gpu in machine.gpus:
+        on_this = needed if needed and needed.device == f"GPU {gpu.index}" else None
+        parts.append(_device_bar(f"GPU {gpu.index} {gpu.name}", gpu.total_bytes, gpu.free_bytes, on_this))
+    on_ram = needed if needed and needed.device == "RAM" else None
+    parts.append(_device_bar("RAM", machine.ram_total_bytes, machine.ram_free_bytes, on_ram))
+    if needed:
+        parts.append(
+            f'<div class="small">About {format_bytes(needed.total_bytes)}: weights {format_bytes(needed.weights_bytes)}, '
+            f"context {format_bytes(needed.cache_bytes)}, working {format_bytes(needed.working_bytes)}.</div>"
+        )
+        parts.append(f'<div class="{"ok" if needed.fits else "bad"}">{escape(needed.verdict)}</div>')
+    if view.problem:
+        parts.append(error_box(view.problem))
+    parts.append(_notes(view.notes))
+    return "".join(parts) + "</div>"
+
+
+def _device_bar(name: str, total: int, free: int, needed: Estimate | None) -> str:
+    held = 100 * (total - free) / total if total else 0
+    takes = 100 * needed.total_bytes / total if needed and total else 0
+    too_much = " over" if needed and needed.total_bytes > free else ""
+    label = f"{format_bytes(free)} of {format_bytes(total)} free"
+    return (
+        f'<div class="device"><div class="device-head"><span>{escape(name)}</span><span>{label}</span></div>'
+        f'<div class="bar" role="img" aria-label="{escape(name)}: {label}"><div class="fill held" '
+        f'style="width:{held:.1f}%"></div><div class="fill planned{too_much}" '
+        f'style="width:{min(takes, 100 - held):.1f}%"></div></div></div>'
+    )
+
+
+def code_list(view: View) -> str:
+    """The Python files that a model brings, by name and hash."""
+    if not view.facts or not view.facts.code_files:
+        return ""
+    rows = [(file.name, f"SHA-256 {file.sha256}") for file in view.facts.code_files]
+    word = "These files are allowed to run." if view.code_allowed else "The model brings these Python files:"
+    return f'<p class="note">{word}</p>{_table(rows)}'
+
+
+def summary(view: View) -> str:
+    """The line under the model menu: ``135 M · bf16 · 269 MB · 8k context``."""
+    if not view.name:
+        return '<div class="small">Choose a model, or put one under models/.</div>'
+    text = view.facts.summary() if view.facts else ""
+    origins = sorted({o for o in view.origin.values() if o not in ("default", "form")})
+    source = f" · options from {', '.join(origins)}" if origins else ""
+    return f'<div class="small summary">{escape(text + source)}</div>'

@@ -1,0 +1,61 @@
+"""The Session tab: this machine, its packages, and what the server was started with."""
+
+from __future__ import annotations
+
+from html import escape
+
+import gradio as gr
+
+from modules import packages
+from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS
+from modules.service import Service
+from modules.units import format_bytes
+
+
+def build(service: Service) -> None:
+    """Lay out and wire the tab; its content is made when it is opened and when Refresh is clicked."""
+    content = gr.HTML(elem_id="session")
+    refresh = gr.Button("⟳ Refresh", size="sm", min_width=90, elem_id="session-refresh")
+    show = {"fn": lambda: session_html(service), "outputs": content, "api_visibility": "private"}
+    refresh.click(**show, show_progress="hidden")
+    content.attach_load_event(lambda: session_html(service), None)
+
+
+def session_html(service: Service) -> str:
+    """Machine, packages, folders and options in force, as tables."""
+    machine = service.measure()
+    rows = [("RAM", f"{format_bytes(machine.ram_free_bytes)} of {format_bytes(machine.ram_total_bytes)} free")]
+    rows += [
+        (f"GPU {gpu.index}", f"{gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free")
+        for gpu in machine.gpus
+    ] or [("GPU", "none that Loadstone can use: models run on the CPU")]
+    rows.append(("Disk", f"{format_bytes(machine.disk_free_bytes)} free"))
+    base, _ = service.base("")
+    set_options = [
+        (spec.flag, f"{getattr(base.options, name)} (from {base.origin[name]})")
+        for name, spec in LOAD_OPTIONS.items()
+        if base.origin.get(name, "default") != "default"
+    ]
+    defaults = service.generation_defaults()
+    set_options += [
+        (spec.flag, str(value))
+        for name, spec in GENERATION_OPTIONS.items()
+        if (value := getattr(defaults, name)) != spec.default
+    ]
+    extras = [
+        (feature, "installed" if not packages.missing(feature) else f"missing: {', '.join(packages.missing(feature))}")
+        for feature in packages.EXTRAS
+    ]
+    sections = [
+        ("Machine", rows),
+        ("Options in force for every model", set_options or [("", "all at their defaults")]),
+        ("Model folders", [("", str(root)) for root in service.library.roots]),
+        ("Packages", list(packages.installed_versions().items())),
+        ("Optional packages", extras),
+    ]
+    return "".join(f"<h3>{escape(title)}</h3>{_table(cells)}" for title, cells in sections)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+    return f'<table class="facts">{cells}</table>'

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole gate: format, lint, types, import contracts, README's generated parts, tests.
+# Installs what it needs, a browser included where apt is there. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+./start.sh --install-only
+wanted=$(cat tests/requirements.txt)
+if [ ! -f .venv/installed-tests.txt ] || [ "$(cat .venv/installed-tests.txt)" != "$wanted" ]; then
+  .venv/bin/python -m pip install --disable-pip-version-check -q -r tests/requirements.txt
+  printf '%s\n' "$wanted" >.venv/installed-tests.txt
+fi
+if ! command -v chromium >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null
+fi
+
+bin=.venv/bin
+$bin/ruff format --check .
+$bin/ruff check .
+$bin/mypy
+$bin/lint-imports
+$bin/python -m tests.readme --check
+exec $bin/python -m pytest "$@"

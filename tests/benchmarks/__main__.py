@@ -1,0 +1,31 @@
+"""``python -m tests.benchmarks [name …]``: measure and print one table."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+
+from tests.benchmarks.common import Row
+
+NAMES = ("start", "listing", "load", "stream")
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or NAMES
+    if unknown := set(chosen) - set(NAMES):
+        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    table: list[Row] = []
+    for name in chosen:
+        print(f"measuring {name} …", file=sys.stderr, flush=True)
+        table += importlib.import_module(f"tests.benchmarks.{name}").rows()
+    print(f"Python {platform.python_version()}, {platform.machine()}\n")
+    print("| what | Loadstone | bare | ratio | aim |\n|---|---|---|---|---|")
+    for row in table:
+        print(f"| {row.what} | {row.ours} | {row.bare} | {row.ratio} | {row.goal} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Real processes killed: the page stays, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.e2e.conftest import Server, wait_for
+from tests.e2e.test_load_from_the_browser import NAME, ask, select_model
+
+
+def loaded_worker(server: Server) -> psutil.Process:
+    """The one worker; the servers here keep no warm one."""
+    return wait_for(lambda: next(iter(server.workers()), None), "a worker")
+
+
+def assert_gone(processes: list[psutil.Process], timeout_s: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    assert not alive, f"still there after {timeout_s} s: {alive}"
+
+
+def test_worker_killed_while_loading(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
+    server = launch("--no-warm-worker")
+    page = open_page(server)
+    select_model(page)
+    server.load(NAME, wait=False, load_in_4bit=True)
+    os.kill(loaded_worker(server).pid, signal.SIGKILL)
+    info = server.wait_state("failed")
+    assert info["error"]["kind"] == "worker_killed"
+    expect(page.locator("#card")).to_contain_text("killed")
+    status, info = server.load(NAME, bf16=True)
+    assert (status, info["state"]) == (200, "ready")
+    expect(page.locator("#card")).to_contain_text("Ready")
+
+
+def test_worker_killed_while_generating(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
+    server = launch("--no-warm-worker", "--model", NAME, "--bf16", "--max-new-tokens", "2000")
+    server.wait_state("ready")
+    page = open_page(server)
+    ask(page, "Write a very long story.")
+    expect(page.locator("#chatbot .bot").last).to_contain_text(" ", timeout=30_000)
+    os.kill(loaded_worker(server).pid, signal.SIGKILL)
+    expect(page.locator("#chat-line")).to_contain_text("killed", timeout=10_000)
+    assert server.wait_state("failed")["error"]["kind"] == "worker_killed"
+    assert server.load(NAME, bf16=True)[1]["state"] == "ready"
+
+
+def test_cancel_while_loading(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
+    server = launch("--no-warm-worker")
+    page = open_page(server)
+    select_model(page)
+    page.locator("#load").click()
+    worker = loaded_worker(server)
+    begun = time.monotonic()
+    page.locator("#cancel").click()
+    assert_gone([worker], 2)
+    assert time.monotonic() - begun < 3  # the click itself included
+    server.wait_state("cancelled", "empty")
+    expect(page.locator("#load")).to_be_enabled()
+
+
+def test_unload_ends_the_process(launch: Callable[..., Server]) -> None:
+    server = launch("--no-warm-worker")
+    assert server.load(NAME, bf16=True)[0] == 200
+    worker = loaded_worker(server)
+    server.call("/v1/internal/model/unload", {})
+    assert_gone([worker], 0.5)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_closing_the_server_leaves_no_worker(launch: Callable[..., Server], end: signal.Signals) -> None:
+    server = launch("--model", NAME, "--bf16")
+    server.wait_state("ready")
+    wait_for(lambda: len(server.workers()) >= 2, "the loaded worker and the warm one", 60)
+    workers = server.workers()
+    server.process.send_signal(end)
+    server.process.wait(10)
+    assert_gone(workers, 3)
+
+
+def test_closing_while_loading_leaves_no_worker(launch: Callable[..., Server]) -> None:
+    server = launch("--no-warm-worker")
+    server.load(NAME, wait=False, load_in_4bit=True)
+    worker = loaded_worker(server)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait(10)
+    assert_gone([worker], 3)
+
+
+def test_two_loads_at_once_one_wins(launch: Callable[..., Server]) -> None:
+    server = launch("--no-warm-worker")
+    answers: list[tuple[int, dict[str, object]]] = []
+    threads = [threading.Thread(target=lambda: answers.append(server.load(NAME, bf16=True))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(status for status, _ in answers) == [200, 409]
+    [refused] = [body for status, body in answers if status == 409]
+    assert refused["error"]["kind"] == "busy"  # type: ignore[index]
+    assert server.info()["state"] == "ready"
+
+
+def test_a_failed_load_brings_the_running_model_back(launch: Callable[..., Server]) -> None:
+    server = launch("--no-warm-worker")
+    assert server.load(NAME, bf16=True)[0] == 200
+    before = server.info()
+    status, body = server.load(NAME, attn_implementation="flash_attention_2")
+    assert status >= 400, body
+    info = server.wait_state("ready", "failed")
+    assert info["model_name"] == before["model_name"]
+    assert info["options"] == before["options"]
