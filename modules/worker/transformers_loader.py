@@ -1,0 +1,360 @@
+"""A LoadOrder becomes the kwargs of ``from_pretrained``, in one pure function; the call; and the checks after it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.utils import logging as transformers_logging
+
+from modules.checkpoint import check_files, read_json, safetensors_header, weight_files
+from modules.errors import (
+    BrokenCheckpoint,
+    CustomCodeRefused,
+    LoadstoneError,
+    NotAModel,
+    OutOfMemory,
+    WrongResult,
+)
+from modules.options import LoadOptions
+from modules.protocol import LoadOrder, LoadReport, Progress
+from modules.worker import quantization, report, rope, tokenizer
+from modules.worker.failures import translate
+from modules.worker.placement import DeviceFacts, Sizes, offloads, placement
+
+logger = logging.getLogger(__name__)
+
+_AUTO_CLASSES: Mapping[str, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+_HEADER_DTYPES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PROGRESS_INTERVAL_S = 0.1
+
+
+@dataclass
+class LoadedModel:
+    """A model that is in memory, checked, and in evaluation mode."""
+
+    model: Any
+    tokenizer: Any
+    report: LoadReport
+    order: LoadOrder
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the files say of the model. ``elements``: weights in number, 0 where not known without reading them."""
+
+    config: Any
+    stored_dtype: str  # "float32", "float16", "bfloat16"; "" = not known
+    elements: int = 0
+    kv_bytes_per_token: int = 0  # at two bytes a number
+
+
+@dataclass(frozen=True)
+class LoadArguments:
+    """The kwargs of ``from_pretrained``, and what the user should know of how they were chosen."""
+
+    kwargs: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def as_text(self) -> dict[str, str]:
+        """The kwargs for people: a configuration by its class and RoPE, everything else as Python prints it."""
+        return {name: _text(value) for name, value in self.kwargs.items()}
+
+
+def _text(value: Any) -> str:
+    if hasattr(value, "model_type"):
+        parameters = getattr(value.get_text_config(), "rope_parameters", None)
+        return f"{type(value).__name__}(rope_parameters={parameters})"
+    return " ".join(str(value).split())
+
+
+def load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel:
+    """Load one model as ordered, reporting stages. Raises LoadstoneError only."""
+    try:
+        return _load(order, progress)
+    except LoadstoneError:
+        raise
+    except Exception as exc:
+        raise translate(exc, order) from exc
+
+
+def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel:
+    started = time.perf_counter()
+    progress(Progress("reading the configuration"))
+    check_source(order)
+    facts = model_facts(order)
+    stored = quantization.stored_config(facts.config)
+    quantization.check_available(order, stored)
+    if order.options.attn_implementation != "auto":
+        quantization.require(order.options.attn_implementation, f"{order.name} was asked to use")
+    if order.options.disk:
+        order = replace(order, offload_dir=own_folder(Path(order.offload_dir)))
+    device = device_facts()
+    arguments = load_kwargs(order, device, facts)
+    for name, value in arguments.as_text().items():
+        logger.info("%s: from_pretrained(%s=%s)", order.name, name, value)
+    loaded_tokenizer = tokenizer.load(order, facts.config, progress)
+    model = _load_weights(order, arguments, progress)
+    progress(Progress("checking what was loaded"))
+    notes = (*arguments.notes, *loaded_tokenizer.notes, *verify(model, order, device.usable(order.options), arguments))
+    settle_generation(model, loaded_tokenizer.tokenizer)
+    made = report.make_report(
+        model,
+        loaded_tokenizer.tokenizer,
+        order,
+        context_limit=report.context_limit(facts.config, order.options),
+        kwargs=arguments.as_text(),
+        load_seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+    return LoadedModel(model, loaded_tokenizer.tokenizer, made, order)
+
+
+def check_source(order: LoadOrder) -> None:
+    """Check the files before anything opens them. Raises an error of the tree."""
+    path = Path(order.path)
+    check_files(path, order.file_format)
+    folder = path.parent if order.file_format == "gguf" else path
+    if (folder / "adapter_config.json").exists():
+        # from_pretrained would attach it, and load whatever base model the file names.
+        raise NotAModel(
+            f"{order.name} is a LoRA (adapter_config.json).", "Put it under loras/ and load its base model."
+        )
+    if not order.custom_code_allowed or order.file_format == "gguf":
+        return
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        auto_map = read_json(file).get("auto_map", {}) if file.exists() else {}
+        if "--" in str(auto_map):
+            raise CustomCodeRefused(
+                f"{file.name} of {order.name} names Python code of another repository: {auto_map}.",
+                "Only code that lies in the model's own folder is run. Put the files there and mend auto_map.",
+            )
+
+
+def model_facts(order: LoadOrder) -> ModelFacts:
+    """The configuration, and what the headers say. Reads no weights."""
+    config = AutoConfig.from_pretrained(**source(order), **_trust(order))
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    layers = getattr(text, "num_hidden_layers", 0)
+    head_dim = rope.head_dim(text) if heads else 0
+    dtype = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
+    elements = 0
+    if order.file_format == "safetensors":
+        elements, header_dtype = _count_elements(Path(order.path))
+        dtype = header_dtype or dtype
+    return ModelFacts(config, dtype, elements, kv_bytes_per_token=2 * 2 * layers * int(heads or 0) * head_dim)
+
+
+def _count_elements(path: Path) -> tuple[int, str]:
+    """How many numbers the safetensors files hold, and the dtype of most of them ("" where it is not a float)."""
+    counts: dict[str, int] = {}
+    for file in weight_files(path, "safetensors"):
+        for name, entry in safetensors_header(file).items():
+            if name != "__metadata__":
+                size = 1
+                for length in entry["shape"]:
+                    size *= length
+                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + size
+    floats = {name: count for name, count in counts.items() if name in _HEADER_DTYPES}
+    most = max(floats, key=lambda name: floats[name], default="")
+    return sum(counts.values()), _HEADER_DTYPES.get(most, "")
+
+
+def source(order: LoadOrder) -> dict[str, Any]:
+    """Where ``from_pretrained`` reads from: never anywhere but the model's own files."""
+    path = Path(order.path)
+    if order.file_format == "gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+
+
+def _trust(order: LoadOrder) -> dict[str, bool]:
+    return {"trust_remote_code": order.custom_code_allowed}  # None would ask on the terminal
+
+
+def load_kwargs(order: LoadOrder, device: DeviceFacts, facts: ModelFacts) -> LoadArguments:
+    """The kwargs of ``from_pretrained`` for this order on this machine. Pure: the same facts give the same kwargs.
+
+    Raises OptionConflict and OutOfMemory where the order cannot be followed.
+    """
+    options = order.options
+    device = device.usable(options)
+    stored = quantization.stored_config(facts.config)
+    dtype, notes = weights_dtype(order, device, facts.stored_dtype)
+    quantizes = quantization.on_the_fly(options)
+    in_memory = facts.elements * dtype.itemsize if not quantizes and not stored else 0
+    sizes = Sizes(weight_bytes=in_memory, kv_bytes=facts.kv_bytes_per_token * order.ctx_tokens)
+    kwargs: dict[str, Any] = {
+        **source(order),
+        **_trust(order),
+        "config": rope.stretched_config(facts.config, options),
+        "dtype": dtype,
+        **placement(order, device, sizes, quantizes),
+    }
+    if order.file_format != "gguf":
+        kwargs["use_safetensors"] = order.file_format == "safetensors"
+        kwargs["weights_only"] = True
+    if options.attn_implementation != "auto":
+        kwargs["attn_implementation"] = options.attn_implementation
+    config = quantization.quantization_config(order, stored, device, offloads(options, device))
+    if config is not None:
+        kwargs["quantization_config"] = config
+    if quantizes and device.gpus == 0 and (options.disk or options.cpu_memory):
+        notes = (*notes, "disk and cpu-memory have no effect on layers that are quantized on a CPU.")
+    return LoadArguments(kwargs, notes)
+
+
+def weights_dtype(order: LoadOrder, device: DeviceFacts, stored: str) -> tuple[torch.dtype, tuple[str, ...]]:
+    """The dtype of what is not quantized, with notes on a choice the options do not show.
+
+    ``stored`` is the checkpoint's dtype by name, ``device`` what the options let the model touch.
+    """
+    options = order.options
+    already_quantized = bool(order.quantization) and order.file_format != "gguf"
+    if device.gpus == 0:
+        if already_quantized:
+            return quantization.DTYPES.get(stored, torch.bfloat16), ()
+        if options.bf16 or quantization.on_the_fly(options):
+            return torch.bfloat16, _without_gpu(options)
+        return torch.float32, _without_gpu(options, ", in float32; bf16 halves the memory")
+    if options.bf16 and not already_quantized:
+        return torch.bfloat16, ()
+    if stored == "bfloat16" and device.bf16:
+        return torch.bfloat16, ("The checkpoint is bfloat16 and the GPU has it, so the weights are kept as bfloat16.",)
+    return torch.float16, ()
+
+
+def _without_gpu(options: LoadOptions, more: str = "") -> tuple[str, ...]:
+    return () if options.cpu else (f"No GPU that can be used was found: the model runs on the CPU{more}.",)
+
+
+def device_facts() -> DeviceFacts:
+    """This machine, as torch sees it now."""
+    ram = int(psutil.virtual_memory().available)
+    if not torch.cuda.is_available():
+        return DeviceFacts(ram_free_bytes=ram)
+    free = tuple(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
+    return DeviceFacts(free, bf16=torch.cuda.is_bf16_supported(including_emulation=False), ram_free_bytes=ram)
+
+
+def _load_weights(order: LoadOrder, arguments: LoadArguments, progress: Callable[[Progress], None]) -> Any:
+    stage = "quantizing the weights" if quantization.on_the_fly(order.options) else "loading the weights"
+    progress(Progress(stage))
+    auto_class = _AUTO_CLASSES[order.task]
+    with counting(stage, progress):
+        model, info = auto_class.from_pretrained(**arguments.kwargs, output_loading_info=True)
+    parameters = {name for name, _ in model.named_parameters()}
+    if missing := sorted(parameters & set(info["missing_keys"])):
+        raise BrokenCheckpoint(
+            f"The files of {order.name} lack {len(missing)} of {len(parameters)} tensors that its architecture needs: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}.",
+            "The model may be another kind than a language model, or an incomplete download.",
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def counting(stage: str, progress: Callable[[Progress], None]) -> Iterator[None]:
+    """Report tensors done and total while transformers loads weights; its bar is not drawn."""
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and kwargs.get("desc") == "Loading weights":
+            return _counted(args[0], len(args[0]), stage, progress)
+        return factory(*args, **{**kwargs, "disable": True})
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+def _counted(items: Iterable[Any], total: int, stage: str, progress: Callable[[Progress], None]) -> Iterator[Any]:
+    last = 0.0
+    for done, item in enumerate(items):
+        if (now := time.monotonic()) - last >= _PROGRESS_INTERVAL_S:
+            last = now
+            progress(Progress(stage, done, total, "tensors"))
+        yield item
+    progress(Progress(stage, total, total, "tensors"))
+
+
+def own_folder(parent: Path) -> str:
+    """A new folder under ``parent`` for this load's offloaded layers, removed when the process ends.
+
+    Folders of processes that were killed are removed too: each is named after its process.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for folder in parent.glob("load-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    made = tempfile.mkdtemp(prefix=f"load-{os.getpid()}-", dir=parent)
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def verify(model: Any, order: LoadOrder, device: DeviceFacts, arguments: LoadArguments) -> tuple[str, ...]:
+    """Check that what was asked for is what is there; notes on what is not obvious. Raises WrongResult, OutOfMemory.
+
+    The libraries leave out, without a word, what a device or a model cannot do: so look.
+    """
+    options = order.options
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places and not options.disk:
+        raise OutOfMemory(f"{order.name} fits into the allowed memory only with layers on disk.", fix={"disk": True})
+    quantized = bool(order.quantization) and order.file_format != "gguf"
+    wanted = str(arguments.kwargs["dtype"]).removeprefix("torch.")
+    if not quantized and (there := report.main_dtype(model)) != wanted:
+        raise WrongResult(f"The weights of {order.name} are {there} after loading, not {wanted}.")
+    attention = model.config._attn_implementation
+    if options.attn_implementation not in ("auto", attention):
+        raise WrongResult(f"The attention of {order.name} is {attention}, not {options.attn_implementation}.")
+    if rope.asked(options):
+        verify_rope(model, arguments.kwargs["config"], order)
+    notes = quantization.verify(model, order, device)
+    if device.gpus and "cpu" in places:
+        notes = (*notes, "The model does not fit on the GPUs alone: some layers lie in RAM, which is slow.")
+    return notes
+
+
+def verify_rope(model: Any, config: Any, order: LoadOrder) -> None:
+    """Check the rotary frequencies of the loaded model against the formulas. Raises WrongResult."""
+    text = config.get_text_config()
+    buffers = {name.rsplit(".", 1)[-1]: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    checked = 0
+    for layer_type, entry in rope.layers(text.rope_parameters).items():
+        name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+        expected = rope.inverse_frequencies(entry, rope.head_dim(text))
+        if name not in buffers or expected is None:
+            continue
+        checked += 1
+        there = buffers[name].detach().float().cpu()
+        if there.shape != (len(expected),) or not torch.allclose(there, torch.tensor(expected), rtol=1e-4):
+            raise WrongResult(f"The rotary frequencies of {order.name} do not follow the RoPE options ({name}).")
+    if not checked and model.config.get_text_config().rope_parameters != text.rope_parameters:
+        raise WrongResult(f"{order.name} did not take the RoPE options.")
+
+
+def settle_generation(model: Any, loaded_tokenizer: Any) -> None:
+    """Give model and tokenizer a padding token, so that no call has to warn about a missing one."""
+    config = model.generation_config
+    if loaded_tokenizer.pad_token_id is None and loaded_tokenizer.eos_token is not None:
+        loaded_tokenizer.pad_token = loaded_tokenizer.eos_token
+    if config.eos_token_id is None:
+        config.eos_token_id = loaded_tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = loaded_tokenizer.pad_token_id
