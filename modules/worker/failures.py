@@ -7,6 +7,7 @@ import pickle
 import re
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,11 +101,6 @@ def _no_space(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
     full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(exc):
         return DiskFull(f"The disk is full: {_first_line(exc)}.")
-    if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return DiskFull(
-            f"{exc.filename or 'A folder'} cannot be written: {exc.strerror}.",
-            "Name another folder, or mend its rights.",
-        )
     return None
 
 
@@ -134,7 +130,8 @@ def _custom_code(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
     words = ("trust_remote_code", "contains custom code", "references custom code")
     if order.custom_code_allowed or not isinstance(exc, ValueError) or not any(word in str(exc) for word in words):
         return None
-    return CustomCodeRefused(f"{order.name} brings Python code of its own, which is not allowed to run.")
+    files = ", ".join(sorted(file.name for file in Path(order.path).glob("*.py"))) or "no .py file in its folder"
+    return CustomCodeRefused(f"{order.name} brings Python code of its own, which nobody allowed to run: {files}.")
 
 
 def _unsupported(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
@@ -158,6 +155,8 @@ def _broken(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
         return BrokenCheckpoint(
             f"The weights of {order.name} have other shapes than its config.json says: {_first_line(exc)}."
         )
+    if "instantiate the backend tokenizer" in text or "Can't load tokenizer" in text:
+        return BrokenCheckpoint(f"The tokenizer files of {order.name} are missing or cannot be read.")
     if "is not a valid JSON file" in text:
         return BrokenCheckpoint(f"{order.name}: {_first_line(exc)}")
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -15,12 +16,17 @@ import transformers
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from modules.errors import BrokenCheckpoint
 from modules.protocol import LoadOrder, Progress
 
+logger = logging.getLogger(__name__)
+
 FAST_FILE = "tokenizer.json"
-# Files that decide what a tokenizer does, beside *.model; a change in one makes a kept conversion stale.
-_SOURCES = ("config.json", "vocab.*", "merges.txt", "tokenizer*", "*.model", "special_tokens_map.json",
-            "added_tokens.json", "chat_template*", "tekken.json", "*.tiktoken")  # fmt: skip
+SPACE = "▁"  # what SentencePiece writes for a space
+_VOCABULARIES = (FAST_FILE, "*.model", "vocab*", "*vocab.*", "tekken.json", "*.tiktoken")
+# Files that decide what a tokenizer does; a change in one makes a kept conversion stale.
+_SOURCES = (*_VOCABULARIES, "config.json", "merges.txt", "tokenizer*", "special_tokens_map.json",
+            "added_tokens.json", "chat_template*")  # fmt: skip
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  Two spaces, a\nnew line and 1,234.5 numbers",
@@ -46,9 +52,19 @@ def load(order: LoadOrder, config: Any, progress: Callable[[Progress], None]) ->
     if order.file_format == "gguf":
         return LoadedTokenizer(AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **trust))
     fast = _fast(order, config, trust, progress)
+    if fast.is_fast and not _has_vocabulary(path):
+        # transformers 5.23 makes a tokenizer of three tokens where the vocabulary is missing, and says nothing.
+        raise BrokenCheckpoint(
+            f"{order.name} has no tokenizer: no {FAST_FILE}, SentencePiece model or vocabulary file.",
+            "Download the tokenizer's files into the model's folder.",
+        )
     if order.options.use_fast or not fast.is_fast:
         return LoadedTokenizer(fast)
     return _slow(path, fast)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
 
 
 def _fast(order: LoadOrder, config: Any, trust: dict[str, Any], progress: Callable[[Progress], None]) -> Any:
@@ -62,7 +78,10 @@ def _fast(order: LoadOrder, config: Any, trust: dict[str, Any], progress: Callab
     converted = AutoTokenizer.from_pretrained(str(path), config=config, **trust)
     # A tokenizer with code of its own finds that code in its own folder only.
     if converted.is_fast and type(converted).__module__.startswith("transformers."):
-        _keep(converted, kept)
+        try:
+            _keep(converted, kept)
+        except OSError as error:
+            logger.warning("The converted tokenizer of %s is not kept: %s", order.name, error)
     return converted
 
 
@@ -86,10 +105,22 @@ def identity(folder: Path) -> str:
 
 
 class SentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]  # transformers is untyped here
-    """SentencePiece itself, around any file name, with pieces that stand for bytes decoded as bytes."""
+    """SentencePiece itself, around any file name.
+
+    Does what transformers 5.23 leaves out of its base class: a prefix space at the start of a text alone, and
+    pieces that stand for bytes decoded as bytes (the base class prints ``<0xF0>``).
+    """
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """The pieces of ``text``."""
+        if self.legacy or not self.init_kwargs.get("add_prefix_space", True):
+            return list(super().tokenize(text, **kwargs))
+        pieces = list(super().tokenize(SPACE + text.replace(SPACE, " "), **kwargs))
+        before_special = len(pieces) > 1 and pieces[0] == SPACE and pieces[1] in self.all_special_tokens
+        return pieces[1:] if before_special else pieces
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces; the library's own version prints ``<0xF0>`` for a byte."""
+        """The text of pieces, special tokens written out."""
         text = ""
         run: list[str] = []
         for token in tokens:
@@ -133,17 +164,15 @@ def _sentencepiece(file: Path, fast: Any) -> Any:
     """A SentencePiece tokenizer that has the fast one's special tokens, added tokens and chat template."""
     plain = fast("x", add_special_tokens=False).input_ids
     framed = fast("x").input_ids
-    before = framed[: len(framed) - len(plain)] == [fast.bos_token_id] if len(framed) > len(plain) else False
     starts = fast.bos_token_id is not None and framed[:1] == [fast.bos_token_id] and plain[:1] != framed[:1]
     ends = fast.eos_token_id is not None and framed[-1:] == [fast.eos_token_id] and plain[-1:] != framed[-1:]
-    pattern = {(True, True): "bos_eos", (True, False): "bos", (False, True): "eos"}.get(
-        (starts or before, ends), "none"
-    )
+    pattern = {(True, True): "bos_eos", (True, False): "bos", (False, True): "eos"}.get((starts, ends), "none")
     return SentencePieceTokenizer(
         vocab_file=str(file),
         legacy=getattr(fast, "legacy", True),
         added_tokens_decoder=dict(fast.added_tokens_decoder),
         special_tokens_pattern=pattern,
+        add_prefix_space=getattr(fast, "add_prefix_space", True) is not False,
         chat_template=fast.chat_template,
         padding_side=fast.padding_side,
         model_max_length=fast.model_max_length,

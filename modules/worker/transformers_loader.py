@@ -23,8 +23,10 @@ from modules.checkpoint import check_files, read_json, safetensors_header, weigh
 from modules.errors import (
     BrokenCheckpoint,
     CustomCodeRefused,
+    DiskFull,
     LoadstoneError,
     NotAModel,
+    OptionError,
     OutOfMemory,
     WrongResult,
 )
@@ -101,6 +103,7 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
         quantization.require(order.options.attn_implementation, f"{order.name} was asked to use")
     if order.options.disk:
         order = replace(order, offload_dir=own_folder(Path(order.offload_dir)))
+        check_disk(order)
     device = device_facts()
     arguments = load_kwargs(order, device, facts)
     for name, value in arguments.as_text().items():
@@ -295,16 +298,36 @@ def _counted(items: Iterable[Any], total: int, stage: str, progress: Callable[[P
 def own_folder(parent: Path) -> str:
     """A new folder under ``parent`` for this load's offloaded layers, removed when the process ends.
 
-    Folders of processes that were killed are removed too: each is named after its process.
+    Folders of processes that were killed are removed too: each is named after its process. Raises OptionError
+    where nothing can be written there.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f"load-{os.getpid()}-", dir=parent)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise OptionError(
+            f"The folder for offloaded layers, {parent}, cannot be written: {error.strerror}.",
+            "Name another folder with --disk-cache-dir.",
+        ) from None
     for folder in parent.glob("load-*-*"):
         owner = folder.name.split("-")[1]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
-    made = tempfile.mkdtemp(prefix=f"load-{os.getpid()}-", dir=parent)
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
+
+
+def check_disk(order: LoadOrder) -> None:
+    """Raise DiskFull where offloaded layers may not fit. Those of safetensors files stay where they are."""
+    if order.file_format != "pytorch":
+        return
+    needed = sum(file.stat().st_size for file in weight_files(Path(order.path), "pytorch"))
+    free = shutil.disk_usage(order.offload_dir).free
+    if free < needed:
+        raise DiskFull(
+            f"Offloading {order.name} may take {needed:,} bytes in {order.offload_dir}; {free:,} are free.",
+            "Free some space, or name another folder with --disk-cache-dir.",
+        )
 
 
 def verify(model: Any, order: LoadOrder, device: DeviceFacts, arguments: LoadArguments) -> tuple[str, ...]:
