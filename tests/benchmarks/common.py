@@ -56,7 +56,9 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], port: int, timeout_s: float = 120) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def started(
+    command: Sequence[str], port: int, timeout_s: float = 120
+) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A web process and the seconds from its start to its first page."""
     begun = time.perf_counter()
     process = subprocess.Popen(
@@ -97,6 +99,11 @@ def bare_script(source: str, *arguments: str) -> dict[str, float]:
     """Run a script that prints one line of JSON last; its numbers and the process's own seconds as ``wall``."""
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", source, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return {"wall": time.perf_counter() - begun, **json.loads(done.stdout.strip().splitlines()[-1])}

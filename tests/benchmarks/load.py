@@ -5,7 +5,17 @@ from __future__ import annotations
 import time
 
 from modules.demo import NAME
-from tests.benchmarks.common import FIXTURES, Row, bare_script, call, free_port, medians, ratio_row, server_command, started
+from tests.benchmarks.common import (
+    FIXTURES,
+    Row,
+    bare_script,
+    call,
+    free_port,
+    medians,
+    ratio_row,
+    server_command,
+    started,
+)
 
 BARE = """
 import json, sys, torch

@@ -45,5 +45,7 @@ def rows(runs: int = 5) -> list[Row]:
 
 def _help() -> float:
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "server.py", "--help"], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "server.py", "--help"], cwd=ROOT, env=environment(), check=True, capture_output=True
+    )
     return time.perf_counter() - begun

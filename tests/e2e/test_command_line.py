@@ -67,7 +67,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_status_2(home: Path, arguments
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("load_in_4bits: true\n", "load_in_4bit"), ("ctx_size: large\n", "ctx"), ("a: [\n", "settings.yaml")]
+    ("text", "words"),
+    [("load_in_4bits: true\n", "load_in_4bit"), ("ctx_size: large\n", "ctx"), ("a: [\n", "settings.yaml")],
 )
 def test_a_bad_settings_file_is_named(home: Path, text: str, words: str) -> None:
     (home / "settings.yaml").write_text(text)

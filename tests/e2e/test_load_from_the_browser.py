@@ -37,9 +37,7 @@ def answer_line(page: Page) -> str:
     return page.locator("#chat-line").inner_text()
 
 
-def test_pick_set_options_load_chat_stop_unload(
-    launch: Callable[..., Server], open_page: Callable[..., Page]
-) -> None:
+def test_pick_set_options_load_chat_stop_unload(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
     server = launch("--temperature", "0")
     page = open_page(server)
     select_model(page)
@@ -68,9 +66,7 @@ def test_pick_set_options_load_chat_stop_unload(
     assert server.info()["model_name"] is None
 
 
-def test_saved_settings_come_back_with_the_model(
-    launch: Callable[..., Server], open_page: Callable[..., Page]
-) -> None:
+def test_saved_settings_come_back_with_the_model(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
     server = launch("--no-warm-worker")
     page = open_page(server)
     select_model(page)

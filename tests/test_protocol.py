@@ -1,0 +1,81 @@
+"""The messages: whatever is encoded is decoded to an equal message, and nonsense is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modules.errors import OutOfMemory
+from modules.options import GenerationOptions, LoadOptions
+from modules.protocol import (
+    CountOrder,
+    Done,
+    Failed,
+    GenerateOrder,
+    Hello,
+    Listening,
+    LoadOrder,
+    LoadReport,
+    Memory,
+    Piece,
+    Progress,
+    Ready,
+    decode,
+    encode,
+)
+
+TEXT = st.text(max_size=50)
+COUNT = st.integers(0, 2**60)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3).map(tuple)
+
+
+def orders() -> st.SearchStrategy[LoadOrder]:
+    options = st.builds(LoadOptions, load_in_4bit=st.booleans(), gpu_memory=st.tuples(st.floats(0, 1e6)))
+    return st.builds(LoadOrder, options=options)
+
+
+def reports() -> st.SearchStrategy[LoadReport]:
+    return st.builds(LoadReport, load_seconds=st.floats(0, 1e6), notes=st.lists(TEXT, max_size=2).map(tuple))
+
+
+@given(
+    st.one_of(
+        st.builds(Hello),
+        orders(),
+        st.builds(GenerateOrder, options=st.just(GenerationOptions(seed=3)), messages=MESSAGES),
+        st.builds(CountOrder, messages=MESSAGES),
+        st.builds(Listening),
+        st.builds(Progress),
+        st.builds(Ready, report=reports(), memory=st.builds(Memory, COUNT, COUNT, st.tuples(COUNT, COUNT))),
+        st.builds(Piece),
+        st.builds(Done, first_token_seconds=st.floats(0, 1e6), seconds=st.floats(0, 1e6)),
+    )
+)
+def test_every_message_comes_back_equal(message: object) -> None:
+    line = encode(message)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    assert decode(line) == message
+
+
+def test_an_error_comes_back_with_its_class() -> None:
+    again = decode(encode(Failed(OutOfMemory("no room", fix={"load_in_4bit": True}))))
+    assert isinstance(again.error, OutOfMemory)
+    assert again.error.fix == {"load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[]", "{}", '{"is": "Nothing"}', '{"is": "Piece", "text": "a", "tokens": 1, "x": 2}']
+)
+def test_what_is_no_message_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"not a message|has no|Expecting"):
+        decode(line)
+
+
+@given(st.text())
+def test_any_line_is_a_message_or_refused(line: str) -> None:
+    try:
+        decode(line)
+    except (ValueError, TypeError, KeyError):
+        return
