@@ -44,10 +44,16 @@ def order_for(path: Path, work: Path, **facts: Any) -> LoadOrder:
     fields = {item.name for item in dataclasses.fields(LoadOrder)} - {"options"}
     given = {name: value for name, value in facts.items() if name in fields}
     options = LoadOptions(**{name: value for name, value in facts.items() if name not in fields})
-    base = dict(
-        name=path.name, path=str(path), file_format="safetensors", task="causal", quantization="", ctx_tokens=256,
-        offload_dir=str(work / "offload"), cache_dir=str(work / "cache"),
-    )  # fmt: skip
+    base: dict[str, Any] = {
+        "name": path.name,
+        "path": str(path),
+        "file_format": "safetensors",
+        "task": "causal",
+        "quantization": "",
+        "ctx_tokens": 256,
+        "offload_dir": str(work / "offload"),
+        "cache_dir": str(work / "cache"),
+    }
     return LoadOrder(**(base | given), options=options)
 
 
@@ -86,10 +92,18 @@ def llama_config(**changes: Any) -> Any:
     """Two layers of a Llama, in sizes that every quantization here takes."""
     from transformers import LlamaConfig
 
-    sizes = dict(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
     return LlamaConfig(**(sizes | changes))
 
 
@@ -331,7 +345,8 @@ def awq() -> Path:
     def build(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
 
-        tensors, reference = {}, {}
+        tensors: dict[str, Any] = {}
+        reference: dict[str, Any] = {}
         for name, weight in load_file(llama() / "model.safetensors").items():
             if name.endswith("proj.weight"):
                 packed, reference[name] = awq_tensors(weight)

@@ -27,14 +27,13 @@ from modules.errors import (
     LoadstoneError,
     NotAModel,
     OptionError,
-    OutOfMemory,
-    WrongResult,
 )
 from modules.options import LoadOptions
 from modules.protocol import LoadOrder, LoadReport, Progress
 from modules.worker import quantization, report, rope, tokenizer
 from modules.worker.failures import translate
 from modules.worker.placement import DeviceFacts, Sizes, offloads, placement
+from modules.worker.verification import verify
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +110,11 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
     loaded_tokenizer = tokenizer.load(order, facts.config, progress)
     model = _load_weights(order, arguments, progress)
     progress(Progress("checking what was loaded"))
-    notes = (*arguments.notes, *loaded_tokenizer.notes, *verify(model, order, device.usable(order.options), arguments))
+    notes = (
+        *arguments.notes,
+        *loaded_tokenizer.notes,
+        *verify(model, order, device.usable(order.options), arguments.kwargs),
+    )
     settle_generation(model, loaded_tokenizer.tokenizer)
     made = report.make_report(
         model,
@@ -328,48 +331,6 @@ def check_disk(order: LoadOrder) -> None:
             f"Offloading {order.name} may take {needed:,} bytes in {order.offload_dir}; {free:,} are free.",
             "Free some space, or name another folder with --disk-cache-dir.",
         )
-
-
-def verify(model: Any, order: LoadOrder, device: DeviceFacts, arguments: LoadArguments) -> tuple[str, ...]:
-    """Check that what was asked for is what is there; notes on what is not obvious. Raises WrongResult, OutOfMemory.
-
-    The libraries leave out, without a word, what a device or a model cannot do: so look.
-    """
-    options = order.options
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if "disk" in places and not options.disk:
-        raise OutOfMemory(f"{order.name} fits into the allowed memory only with layers on disk.", fix={"disk": True})
-    quantized = bool(order.quantization) and order.file_format != "gguf"
-    wanted = str(arguments.kwargs["dtype"]).removeprefix("torch.")
-    if not quantized and (there := report.main_dtype(model)) != wanted:
-        raise WrongResult(f"The weights of {order.name} are {there} after loading, not {wanted}.")
-    attention = model.config._attn_implementation
-    if options.attn_implementation not in ("auto", attention):
-        raise WrongResult(f"The attention of {order.name} is {attention}, not {options.attn_implementation}.")
-    if rope.asked(options):
-        verify_rope(model, arguments.kwargs["config"], order)
-    notes = quantization.verify(model, order, device)
-    if device.gpus and "cpu" in places:
-        notes = (*notes, "The model does not fit on the GPUs alone: some layers lie in RAM, which is slow.")
-    return notes
-
-
-def verify_rope(model: Any, config: Any, order: LoadOrder) -> None:
-    """Check the rotary frequencies of the loaded model against the formulas. Raises WrongResult."""
-    text = config.get_text_config()
-    buffers = {name.rsplit(".", 1)[-1]: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-    checked = 0
-    for layer_type, entry in rope.layers(text.rope_parameters).items():
-        name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
-        expected = rope.inverse_frequencies(entry, rope.head_dim(text))
-        if name not in buffers or expected is None:
-            continue
-        checked += 1
-        there = buffers[name].detach().float().cpu()
-        if there.shape != (len(expected),) or not torch.allclose(there, torch.tensor(expected), rtol=1e-4):
-            raise WrongResult(f"The rotary frequencies of {order.name} do not follow the RoPE options ({name}).")
-    if not checked and model.config.get_text_config().rope_parameters != text.rope_parameters:
-        raise WrongResult(f"{order.name} did not take the RoPE options.")
 
 
 def settle_generation(model: Any, loaded_tokenizer: Any) -> None:
