@@ -1,0 +1,275 @@
+"""The commands of a worker, by HTTP on loopback: the routes that :mod:`modules.protocol` lists."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, NothingLoaded, UserError
+from modules.protocol import (
+    COUNT,
+    GENERATE,
+    LOAD,
+    MEMORY,
+    Chunk,
+    CountOrder,
+    Event,
+    Failed,
+    GenerateOrder,
+    LoadOrder,
+    Memory,
+    Piece,
+    Progress,
+    Ready,
+    Warm,
+    decode,
+    encode,
+)
+from modules.worker.engine import Engine
+from modules.worker.generation import Loaded, generate, prompter
+from modules.worker.process import memory_of_this_process
+
+T = TypeVar("T")
+FLUSH_SECONDS = 0.03  # text waits at most so long for more: a line for every token would cost a fast model speed
+
+
+class Worker:
+    """What the process holds: nothing, then one model. ``emit`` writes events to the web process."""
+
+    def __init__(self, engine: Engine, emit: Callable[[Event], None]) -> None:
+        self.engine = engine
+        self._emit = emit
+        self._loaded: Loaded | None = None
+        self._load_started = False
+        self._tokenizing = threading.Lock()  # the tokenizers library takes no two borrowers at a time
+
+    def warm_up(self) -> None:
+        """Import the ML packages, and no more: no GPU is touched. Emits Warm, or Failed."""
+        begin = time.perf_counter()
+        try:
+            # transformers resolves its names when they are asked for: without them it would import nothing.
+            import peft  # noqa: F401
+            import torch  # noqa: F401
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+            import modules.worker.transformers_loader  # noqa: F401
+        except Exception as error:
+            self._emit(Failed(_as_loadstone(error, "Importing the ML packages failed")))
+        else:
+            self._emit(Warm(time.perf_counter() - begin))
+
+    def load(self, order: LoadOrder) -> None:
+        """Begin to load, after the warm-up. Raises Busy for a second load: a process loads one model in its life."""
+        if self._load_started:
+            raise Busy("This process has been given a model already.", "Each model gets a process of its own.")
+        self._load_started = True
+        self.engine.submit(self._load, order)
+
+    def _load(self, order: LoadOrder) -> None:
+        try:
+            from modules.worker.transformers_loader import load
+
+            loaded = load(order, self._emit_progress)
+            self._loaded = loaded
+            self._emit(Ready(loaded.report, self.memory()))
+        except Exception as error:
+            self._emit(Failed(_translated(error, order)))
+
+    def _emit_progress(self, progress: Progress) -> None:
+        self._emit(progress)
+
+    def loaded(self) -> Loaded:
+        """The model. Raises NothingLoaded where there is none, or none yet."""
+        if self._loaded is None:
+            raise NothingLoaded("This process holds no model yet.")
+        return self._loaded
+
+    def generate(self, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event) -> Future[None]:
+        """Queue an answer behind those that were asked for earlier."""
+        return self.engine.submit(generate, self.loaded(), order, emit, stopped)
+
+    def count(self, order: CountOrder) -> int:
+        """How many tokens the prompt has. Does not wait for a generation."""
+        return prompter(self.loaded()).count(order)
+
+    def memory(self) -> Memory:
+        """What the process holds now, GPUs included once a model is loaded."""
+        rss_bytes, peak_rss_bytes = memory_of_this_process()
+        return Memory(rss_bytes, peak_rss_bytes, _gpu_bytes() if self._loaded else ())
+
+
+def _gpu_bytes() -> tuple[int, ...]:
+    """What torch has reserved on each GPU; the context, some 0.3–0.5 GiB, comes on top. Creates no context."""
+    cuda = sys.modules["torch"].cuda
+    if not cuda.is_initialized():
+        return ()
+    return tuple(int(cuda.memory_reserved(gpu)) for gpu in range(cuda.device_count()))
+
+
+def _as_loadstone(error: Exception, what: str) -> LoadstoneError:
+    """``error`` for the web process, where the translation itself may be what could not be imported."""
+    if isinstance(error, LoadstoneError):
+        return error
+    import traceback
+
+    details = "".join(traceback.format_exception(error))
+    return InternalError(f"{what}: {type(error).__name__}: {error}", details=details)
+
+
+def _translated(error: Exception, order: LoadOrder) -> LoadstoneError:
+    try:
+        from modules.worker.failures import translate
+    except Exception:
+        return _as_loadstone(error, f"{order.name} could not be loaded")
+    return translate(error, order)
+
+
+class Outbox:
+    """Chunks on their way from the engine's thread to the event loop: pieces that meet on the way become one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._filled = asyncio.Event()
+        self._lock = threading.Lock()
+        self._chunks: list[Chunk] = []
+
+    def put(self, chunk: Chunk) -> None:
+        """Called on the engine's thread."""
+        with self._lock:
+            self._chunks.append(chunk)
+            if len(self._chunks) > 1 and isinstance(chunk, Piece):
+                return  # the loop knows already
+        self._loop.call_soon_threadsafe(self._filled.set)
+
+    async def take(self) -> list[Chunk]:
+        """What has come since the last time, at least one chunk."""
+        chunks: list[Chunk] = []
+        while not chunks:
+            await self._filled.wait()
+            self._filled.clear()
+            with self._lock:
+                chunks, self._chunks = self._chunks, []
+        return _merged(chunks)
+
+
+def _merged(chunks: list[Chunk]) -> list[Chunk]:
+    pieces = [chunk for chunk in chunks if isinstance(chunk, Piece)]
+    ends = [chunk for chunk in chunks if not isinstance(chunk, Piece)]
+    text = [Piece("".join(piece.text for piece in pieces), pieces[-1].tokens)] if pieces else []
+    return [*text, *ends]
+
+
+class Answer:
+    """A response that streams one answer as lines of JSON; closing the connection stops the generation."""
+
+    def __init__(self, worker: Worker, order: GenerateOrder) -> None:
+        self._worker = worker
+        self._order = order
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stopped = threading.Event()
+        outbox = Outbox()
+        job = self._worker.generate(self._order, outbox.put, stopped)
+        tasks = {asyncio.create_task(self._stream(outbox, send)), asyncio.create_task(_disconnect(receive))}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.set()
+            job.cancel()  # leaves the queue, if it still stands there
+            for task in tasks:
+                task.cancel()
+        for task in done:
+            task.result()
+
+    async def _stream(self, outbox: Outbox, send: Send) -> None:
+        headers = [(b"content-type", b"application/x-ndjson")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        ended = False
+        while not ended:
+            chunks = await outbox.take()
+            ended = not isinstance(chunks[-1], Piece)
+            body = b"".join(map(encode, chunks))
+            await send({"type": "http.response.body", "body": body, "more_body": not ended})
+            if not ended:
+                await asyncio.sleep(FLUSH_SECONDS)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Secret:
+    """Refuses every request that does not bring the secret of Hello."""
+
+    def __init__(self, app: ASGIApp, secret: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {secret}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if not hmac.compare_digest(given, self._expected):  # takes as long, whatever is right about it
+            error = AccessRefused("The request does not bring this worker's secret.", "Ask the web process instead.")
+            await _refusal(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _refusal(error: LoadstoneError) -> JSONResponse:
+    return JSONResponse(error.to_dict(), status_code=error.status)
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    return _refusal(_as_loadstone(error, "A command failed"))
+
+
+async def _order(request: Request, kind: type[T]) -> T:
+    """The order in the request's body. Raises UserError where there is none of that kind."""
+    try:
+        order = decode(await request.body())
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"This is no {kind.__name__}: {error}", "See modules/protocol.py.") from None
+    if not isinstance(order, kind):
+        raise UserError(f"This is no {kind.__name__} but a {type(order).__name__}.", "See modules/protocol.py.")
+    return order
+
+
+def make_app(worker: Worker, secret: str) -> ASGIApp:
+    """The ASGI app with the routes of the protocol, behind the secret."""
+
+    async def load(request: Request) -> Response:
+        worker.load(await _order(request, LoadOrder))
+        return Response(status_code=202)
+
+    async def generate(request: Request) -> ASGIApp:
+        worker.loaded()
+        return Answer(worker, await _order(request, GenerateOrder))
+
+    async def count(request: Request) -> Response:
+        order = await _order(request, CountOrder)
+        return JSONResponse({"tokens": await run_in_threadpool(worker.count, order)})
+
+    async def memory(_: Request) -> Response:
+        return Response(encode(worker.memory()), media_type="application/json")
+
+    routes = [
+        Route(LOAD, load, methods=["POST"]),
+        Route(GENERATE, generate, methods=["POST"]),
+        Route(COUNT, count, methods=["POST"]),
+        Route(MEMORY, memory, methods=["GET"]),
+    ]
+    handlers: dict[Any, Any] = {LoadstoneError: _refuse, Exception: _refuse}
+    return Secret(Starlette(routes=routes, exception_handlers=handlers), secret)

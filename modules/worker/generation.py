@@ -1,0 +1,201 @@
+"""One answer: from an order to a stream of text, by ``model.generate``."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from modules.errors import LoadstoneError
+from modules.options import GenerationOptions
+from modules.protocol import Chunk, Done, Failed, FinishReason, GenerateOrder, LoadOrder, Piece
+from modules.worker.decoding import StopText, TextStream
+from modules.worker.prompts import Prompt, Prompter
+
+
+class Loaded(Protocol):
+    """What generation needs of a loaded model."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def order(self) -> LoadOrder: ...
+
+
+def prompter(loaded: Loaded) -> Prompter:
+    """What makes prompts for ``loaded``."""
+    return Prompter(loaded.tokenizer, loaded.order.task, loaded.order.ctx_tokens)
+
+
+def generate(
+    loaded: Loaded, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event | None = None
+) -> None:
+    """Generate one answer and hand it out as it grows: ``emit`` gets Piece …, then one Done or Failed.
+
+    ``emit`` is called from within the generation, once a token at most, and should return at once. Setting
+    ``stopped`` ends the answer at the next token, with finish reason "cancelled". Only one generation may run
+    at a time: the seed is the process's. Raises nothing that the model, or a library, raises: that is Failed,
+    and the model is usable afterwards.
+    """
+    stopped = stopped or threading.Event()
+    try:
+        prompt = prompter(loaded).prompt(order)
+        answer = _Answer(loaded, prompt, emit, stopped)
+        answer.run(order.options)
+        emit(answer.done())
+    except Exception as error:
+        emit(Failed(_typed(error, loaded.order)))
+    else:
+        return
+    # Only here is the traceback gone, which held the tensors of the failed step.
+    _release()
+
+
+def _typed(error: Exception, order: LoadOrder) -> LoadstoneError:
+    if isinstance(error, LoadstoneError):
+        return error
+    from modules.worker.failures import translate
+
+    return translate(error, order).with_traceback(None)
+
+
+def _release() -> None:
+    torch = sys.modules["torch"]
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+class _Stop(Exception):
+    """Leaves ``model.generate`` from within its streamer: cheaper than a stopping criterion, which costs tensors."""
+
+
+class _Answer:
+    """A streamer, as ``model.generate`` takes one, that turns tokens into pieces and knows why the answer ended."""
+
+    def __init__(self, loaded: Loaded, prompt: Prompt, emit: Callable[[Chunk], None], stopped: threading.Event) -> None:
+        self._model = loaded.model
+        self._tokenizer = loaded.tokenizer
+        self._prompt = prompt
+        self._limit = prompter(loaded).room(prompt)
+        self._emit = emit
+        self._stopped = stopped
+        self._text = TextStream(loaded.tokenizer)
+        self._stop_text = StopText(prompt.stops)
+        self._end_tokens = _end_tokens(loaded.model, loaded.tokenizer)
+        self._prompt_seen = False
+        self._reason: FinishReason | None = None
+        self._tokens = 0
+        self._begin = self._first = self._last = time.perf_counter()
+
+    def run(self, options: GenerationOptions) -> None:
+        """Generate. Sets the seed of the process."""
+        import torch
+
+        self._limit = min(options.max_new_tokens, self._limit)
+        if options.seed < 0:
+            torch.seed()
+        else:
+            torch.manual_seed(options.seed)
+        ids = torch.tensor([self._prompt.ids], dtype=torch.long, device=_input_device(self._model))
+        try:
+            self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=self,
+                max_new_tokens=self._limit,
+                eos_token_id=sorted(self._end_tokens) or None,
+                pad_token_id=_pad_token(self._tokenizer, self._end_tokens),
+                **sampling(options),
+            )
+        except _Stop:
+            return
+        self._hand_out(self._stop_text.push(self._text.finish()) + self._stop_text.finish())
+
+    def put(self, value: Any) -> None:
+        """Called by ``model.generate`` with the prompt first, then with each new token, as tensors on the CPU."""
+        if self._stopped.is_set():
+            self._leave("cancelled")
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        token = int(value)
+        self._last = time.perf_counter()
+        self._first = self._last if not self._tokens else self._first
+        self._tokens += 1
+        if token in self._end_tokens:
+            self._reason = "stop"
+            return
+        self._hand_out(self._stop_text.push(self._text.push(token)))
+        if self._stop_text.stopped:
+            self._leave("stop")
+
+    def end(self) -> None:
+        """Called by ``model.generate`` after the last token."""
+        if self._reason is None:
+            self._reason = "length" if self._tokens >= self._limit else "stop"
+
+    def _leave(self, reason: FinishReason) -> None:
+        self._reason = reason
+        raise _Stop
+
+    def _hand_out(self, text: str) -> None:
+        if text:
+            self._emit(Piece(text, self._tokens))
+
+    def done(self) -> Done:
+        """What there is to say after the last piece."""
+        return Done(
+            finish_reason=self._reason or "stop",
+            prompt_tokens=len(self._prompt.ids),
+            completion_tokens=self._tokens,
+            first_token_seconds=self._first - self._begin,
+            seconds=self._last - self._first,
+            dropped_messages=self._prompt.dropped_messages,
+        )
+
+
+def sampling(options: GenerationOptions) -> dict[str, Any]:
+    """The kwargs of ``model.generate`` that choose the next token, all of them, so that no default of the model's
+    own generation_config.json mixes in. Greedy search gets none of sampling's, which it would warn about."""
+    common: dict[str, Any] = {
+        "num_beams": 1,  # beams cannot be streamed
+        "num_return_sequences": 1,
+        "repetition_penalty": options.repetition_penalty,
+    }
+    if options.temperature == 0:
+        return {**common, "do_sample": False}
+    return {
+        **common,
+        "do_sample": True,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "min_p": options.min_p or None,
+    }
+
+
+def _input_device(model: Any) -> Any:
+    """Where the first layer wants its input. A module whose weights lie on disk has them on "meta"."""
+    device = model.get_input_embeddings().weight.device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return device if device.type != "meta" else getattr(hook, "execution_device", None) or "cpu"
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: the generation config's, one or several, and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def _pad_token(tokenizer: Any, end_tokens: frozenset[int]) -> int | None:
+    """A padding token, which ``model.generate`` wants although nothing is padded here."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return min(end_tokens, default=None)
