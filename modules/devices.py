@@ -1,0 +1,183 @@
+"""What this machine has: GPUs, RAM and disk; total, free, and who holds the rest. All sizes are bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pynvml
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as the largest multiple of a page
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds memory of a GPU. ``name`` is ``""`` where the process is out of sight (a container's)."""
+
+    pid: int
+    name: str
+    held_bytes: int  # 0 where the driver does not tell
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. ``index`` is its number for a process that starts with ``CUDA_DEVICE_ORDER=PCI_BUS_ID``."""
+
+    index: int
+    name: str
+    pci: str
+    total_bytes: int
+    free_bytes: int
+    holders: tuple[Holder, ...] = ()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``gpus`` in PCI order, those that CUDA_VISIBLE_DEVICES shows. RAM is what this process may have."""
+
+    gpus: tuple[Gpu, ...]
+    ram_total_bytes: int
+    ram_free_bytes: int
+    disk_free_bytes: int
+
+    @property
+    def gpu_names(self) -> tuple[str, ...]:
+        return tuple(gpu.name for gpu in self.gpus)
+
+
+def measure(folder: Path) -> Machine:
+    """What the machine has now; the disk is the one that ``folder``, which need not exist yet, lies on.
+
+    No driver means no GPUs. Takes about a millisecond, and some more where there are GPUs.
+    """
+    ram = psutil.virtual_memory()
+    limits = list(_cgroup_memory())
+    return Machine(
+        gpus=_gpus(),
+        ram_total_bytes=min([ram.total, *(limit for limit, _ in limits)]),
+        ram_free_bytes=max(0, min([ram.available, *(limit - used for limit, used in limits)])),
+        disk_free_bytes=_disk_free(folder.absolute()),
+    )
+
+
+def _disk_free(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    try:
+        # Never shut down again: starting costs tens of milliseconds, and being started already costs none.
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        by_pci = sorted(handles, key=_pci)
+        return tuple(_gpu(index, handle) for index, handle in enumerate(_visible(by_pci)))
+    except pynvml.NVMLError:
+        return ()
+
+
+def _gpu(index: int, handle: Any) -> Gpu:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Gpu(
+        index=index,
+        name=pynvml.nvmlDeviceGetName(handle),
+        pci=_pci(handle),
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        holders=_holders(handle),
+    )
+
+
+def _pci(handle: Any) -> str:
+    return str(pynvml.nvmlDeviceGetPciInfo(handle).busId)
+
+
+def _visible(handles: list[Any]) -> list[Any]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; as CUDA does, ends at the first name it cannot find."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return handles
+    found: list[Any] = []
+    for name in (part.strip() for part in wanted.split(",")):
+        match = _named(handles, name)
+        if match is None or match in found:
+            break
+        found.append(match)
+    return found
+
+
+def _named(handles: list[Any], name: str) -> Any | None:
+    if name.isdecimal():
+        return handles[int(name)] if int(name) < len(handles) else None
+    if not name.startswith("GPU-"):
+        return None
+    return next((handle for handle in handles if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name)), None)
+
+
+def _holders(handle: Any) -> tuple[Holder, ...]:
+    """The processes on a GPU, the largest first. Drivers may not tell (WSL, vGPU): then none."""
+    held: dict[int, int] = {}
+    for list_processes in (
+        pynvml.nvmlDeviceGetComputeRunningProcesses,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses,
+    ):
+        try:
+            for process in list_processes(handle):
+                held[process.pid] = max(held.get(process.pid, 0), int(process.usedGpuMemory or 0))
+        except pynvml.NVMLError:
+            continue
+    return tuple(Holder(pid, _process_name(pid), size) for pid, size in sorted(held.items(), key=lambda i: -i[1]))
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return ""
+
+
+def _cgroup_memory() -> Iterator[tuple[int, int]]:
+    """(limit, used) of each memory limit on this process: its own control group's and those of the groups above.
+
+    Files that can be given up (inactive page cache) do not count as used.
+    """
+    for folder, limit_name, used_name in _cgroup_folders():
+        try:
+            limit_text = (folder / limit_name).read_text().strip()
+            if limit_text == "max" or int(limit_text) >= _NO_LIMIT:
+                continue
+            used = int((folder / used_name).read_text())
+            yield int(limit_text), max(0, used - _inactive_file(folder))
+        except (OSError, ValueError):
+            continue
+
+
+def _cgroup_folders() -> Iterator[tuple[Path, str, str]]:
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, names = CGROUPS, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                yield folder, *names
+
+
+def _inactive_file(folder: Path) -> int:
+    stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines() if " " in line)
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
