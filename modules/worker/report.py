@@ -30,7 +30,7 @@ def make_report(
         parameters=count_parameters(model),
         footprint_bytes=sum(by_device.values()),
         device_bytes=by_device,
-        dtype=main_dtype(model),
+        dtype=next(iter(dtypes(model)), ""),
         layer_classes=layer_classes(model),
         device_map=device_map(model),
         context_limit=context_limit,
@@ -120,13 +120,13 @@ def count_parameters(model: Any) -> int:
     return total
 
 
-def main_dtype(model: Any) -> str:
-    """The dtype of most of the weights that are not quantized: "bfloat16"."""
+def dtypes(model: Any) -> dict[str, int]:
+    """How many of the weights that are not quantized have each dtype, most first: ``{"bfloat16": 28325184}``."""
     counts: Counter[str] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
             counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    return counts.most_common(1)[0][0] if counts else ""
+    return dict(counts.most_common())
 
 
 def layer_classes(model: Any) -> dict[str, int]:

@@ -258,6 +258,8 @@ def device_facts() -> DeviceFacts:
 
 def _load_weights(order: LoadOrder, arguments: LoadArguments, progress: Callable[[Progress], None]) -> Any:
     stage = "quantizing the weights" if quantization.on_the_fly(order.options) else "loading the weights"
+    if order.file_format == "gguf":
+        stage = "unpacking the weights"
     progress(Progress(stage))
     auto_class = _AUTO_CLASSES[order.task]
     with counting(stage, progress):

@@ -1,0 +1,114 @@
+"""Damaged, incomplete and unsafe files, each refused by name before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from modules.checkpoint import check_files, safetensors_header, weight_files
+from modules.errors import BrokenCheckpoint, NotAModel, UnsafeCheckpoint
+from tests import checkpoints
+
+INDEX = "model.safetensors.index.json"
+
+
+def point_index_at(folder: Path, name: str) -> None:
+    """Make the index name another file for its first tensor."""
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_whole_checkpoints_pass() -> None:
+    check_files(checkpoints.llama(), "safetensors")
+    check_files(checkpoints.sharded(), "safetensors")
+    check_files(checkpoints.pytorch(), "pytorch")
+    check_files(checkpoints.gguf_file(), "gguf")
+
+
+def test_the_header_names_every_tensor() -> None:
+    header = safetensors_header(checkpoints.llama() / "model.safetensors")
+    assert header["model.embed_tokens.weight"]["shape"] == [checkpoints.VOCABULARY, 128]
+    assert header["model.embed_tokens.weight"]["dtype"] == "BF16"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.safetensors", "/etc/passwd", "..\\secret.safetensors", "C:\\x.safetensors", "a/../../b", ""]
+)
+def test_an_index_that_names_a_file_outside_is_refused(tmp_path: Path, name: str) -> None:
+    folder = checkpoints.copied(checkpoints.sharded(), tmp_path / "model")
+    point_index_at(folder, name)
+    with pytest.raises(UnsafeCheckpoint, match="outside the model's folder"):
+        check_files(folder, "safetensors")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.sharded(), tmp_path / "model")
+    gone = weight_files(folder, "safetensors")[1]
+    gone.unlink()
+    with pytest.raises(BrokenCheckpoint, match=gone.name):
+        check_files(folder, "safetensors")
+
+
+def test_a_shard_without_its_tensor_is_named(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.sharded(), tmp_path / "model")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.none.weight"] = next(iter(index["weight_map"].values()))
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BrokenCheckpoint, match=r"lacks model\.none\.weight"):
+        check_files(folder, "safetensors")
+
+
+@pytest.mark.parametrize("keep", [100_000, 500, 4, 0])
+def test_a_file_cut_short_is_named_with_its_size(tmp_path: Path, keep: int) -> None:
+    folder = checkpoints.copied(checkpoints.llama(), tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(BrokenCheckpoint, match=rf"model\.safetensors .*{keep:,} bytes"):
+        check_files(folder, "safetensors")
+
+
+def test_a_header_of_noise_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((50).to_bytes(8, "little") + b"x" * 200)
+    with pytest.raises(BrokenCheckpoint, match="header"):
+        safetensors_header(file)
+
+
+def test_a_pytorch_file_cut_short_is_named(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.pytorch(), tmp_path / "model")
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-70_000])
+    with pytest.raises(BrokenCheckpoint, match=r"pytorch_model\.bin is cut short"):
+        check_files(folder, "pytorch")
+
+
+def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.llama(), tmp_path / "model")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(BrokenCheckpoint, match="Git LFS pointer"):
+        check_files(folder, "safetensors")
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.llama(), tmp_path / "model")
+    (folder / "config.json").write_text("{not json")
+    with pytest.raises(BrokenCheckpoint, match=r"config\.json in model is not JSON"):
+        check_files(folder, "safetensors")
+
+
+def test_a_folder_without_weights_or_config_is_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(NotAModel, match=r"no config\.json"):
+        check_files(tmp_path, "safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(NotAModel, match=r"neither model\.safetensors"):
+        check_files(tmp_path, "safetensors")
+
+
+def test_links_to_another_folder_are_followed(tmp_path: Path) -> None:
+    """A download cache's snapshot is a folder of links into its blobs."""
+    for file in checkpoints.sharded().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    check_files(tmp_path, "safetensors")

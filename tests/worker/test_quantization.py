@@ -1,0 +1,201 @@
+"""4-bit, 8-bit, GPTQ and AWQ on real models: classes, states and bytes as they are after loading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules import packages
+from modules.errors import MissingPackage, OptionConflict, UnsupportedModel, WrongResult
+from modules.protocol import Progress
+from modules.worker import quantization, transformers_loader
+from modules.worker.placement import GIB, DeviceFacts
+from tests import checkpoints
+
+CONVERTED = 106_168_320  # parameters of the demo model's 210 linear layers that bitsandbytes converts
+REST = 28_346_688 * 2  # bytes of what stays bfloat16: the tied embedding and the norms
+ROTARY = 2 * 32 * 4  # bytes of the two float32 buffers of inverse frequencies
+GPU = DeviceFacts((24 * GIB,), bf16=True, ram_free_bytes=64 * GIB)
+OLD_GPU = DeviceFacts((16 * GIB,), bf16=False, ram_free_bytes=64 * GIB)
+
+needs_gptqmodel = pytest.mark.skipif(bool(packages.missing("gptq")), reason="the optional package gptqmodel is missing")
+
+
+def load(path: Path, work: Path, **facts: Any) -> transformers_loader.LoadedModel:
+    def silent(_: Progress) -> None:
+        """Keep nothing."""
+
+    return transformers_loader.load(checkpoints.order_for(path, work, **facts), silent)
+
+
+def layers(model: Any, kind: type) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@pytest.fixture(scope="module")
+def nf4(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> transformers_loader.LoadedModel:
+    return load(demo_model, tmp_path_factory.mktemp("work"), load_in_4bit=True)
+
+
+def test_4bit_converts_every_linear_layer(nf4: transformers_loader.LoadedModel) -> None:
+    assert nf4.report.layer_classes == {"Linear4bit": 210, "Linear": 1}
+    assert nf4.report.parameters == CONVERTED + REST // 2
+    for layer in layers(nf4.model, bnb.nn.Linear4bit):
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested is False
+        assert layer.compute_dtype == torch.bfloat16  # auto, on a CPU
+
+
+def test_4bit_takes_half_a_byte_and_a_scale_a_parameter(nf4: transformers_loader.LoadedModel) -> None:
+    per_parameter = (nf4.report.footprint_bytes - REST) / CONVERTED
+    assert 0.56 <= per_parameter <= 0.565  # 1/2 and one float32 for 64 parameters
+
+
+def test_double_quantization_takes_less(demo_model: Path, tmp_path: Path, nf4: transformers_loader.LoadedModel) -> None:
+    double = load(demo_model, tmp_path, load_in_4bit=True, use_double_quant=True)
+    assert all(layer.weight.quant_state.nested for layer in layers(double.model, bnb.nn.Linear4bit))
+    saved = (nf4.report.footprint_bytes - double.report.footprint_bytes) / CONVERTED
+    assert 0.043 <= saved <= 0.047
+    assert 0.515 <= (double.report.footprint_bytes - REST) / CONVERTED <= 0.525
+
+
+@pytest.mark.parametrize(
+    ("options", "quant_type", "dtype"),
+    [
+        ({"quant_type": "fp4"}, "fp4", torch.bfloat16),
+        ({"compute_dtype": "float16"}, "nf4", torch.float16),
+        ({"compute_dtype": "float32"}, "nf4", torch.float32),
+    ],
+)
+def test_type_and_compute_dtype_reach_the_layers(
+    tmp_path: Path, options: dict[str, str], quant_type: str, dtype: torch.dtype
+) -> None:
+    model = load(checkpoints.llama(), tmp_path, load_in_4bit=True, **options).model
+    found = layers(model, bnb.nn.Linear4bit)
+    assert len(found) == 14
+    assert {(layer.weight.quant_state.quant_type, layer.compute_dtype) for layer in found} == {(quant_type, dtype)}
+    assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), [(GPU, torch.bfloat16), (OLD_GPU, torch.float16)])
+def test_auto_compute_dtype_is_what_the_device_has(device: DeviceFacts, dtype: torch.dtype) -> None:
+    options = checkpoints.order_for(Path("m"), Path("w"), load_in_4bit=True).options
+    assert quantization.compute_dtype(options, device) == dtype
+
+
+def test_8bit_weights_are_int8(demo_model: Path, tmp_path: Path) -> None:
+    result = load(demo_model, tmp_path, load_in_8bit=True)
+    found = layers(result.model, bnb.nn.Linear8bitLt)
+    assert result.report.layer_classes == {"Linear8bitLt": 210, "Linear": 1}
+    assert all(layer.weight.dtype == torch.int8 for layer in found)
+    rows = sum(layer.out_features for layer in found)
+    assert result.report.footprint_bytes == CONVERTED + 4 * rows + REST + ROTARY
+
+
+def test_conv1d_layers_are_converted_too(tmp_path: Path) -> None:
+    assert load(checkpoints.gpt2(), tmp_path, load_in_4bit=True).report.layer_classes == {"Linear4bit": 8, "Linear": 1}
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
+def test_a_saved_bitsandbytes_copy_answers_like_one_quantized_while_loading(
+    tmp_path: Path, bits: int, kind: str
+) -> None:
+    options = {"load_in_4bit": True, "use_double_quant": True} if bits == 4 else {"load_in_8bit": True}
+    fresh = load(checkpoints.llama(), tmp_path, **options)
+    saved = load(checkpoints.bitsandbytes(bits), tmp_path, quantization="bitsandbytes")
+    assert saved.report.layer_classes == {kind: 14, "Linear": 1}
+    prompt = torch.arange(3, 40)[None]
+    torch.testing.assert_close(saved.model(prompt).logits, fresh.model(prompt).logits)
+
+
+@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
+def test_what_is_quantized_is_not_quantized_again(tmp_path: Path, option: str) -> None:
+    with pytest.raises(OptionConflict, match=r"already quantized \(bitsandbytes\)") as caught:
+        load(checkpoints.bitsandbytes(4), tmp_path, quantization="bitsandbytes", **{option: True})
+    assert caught.value.fix == {"load_in_4bit": False, "load_in_8bit": False}
+
+
+def test_a_layer_that_was_left_out_is_noticed(tmp_path: Path) -> None:
+    """What bitsandbytes does silently for layers beside a GPU, done here by hand."""
+    result = load(checkpoints.llama(), tmp_path, load_in_4bit=True)
+    result.model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 256)
+    with pytest.raises(WrongResult, match=r"1 of 14 layers are not quantized: model\.layers\.1\.mlp\.up_proj"):
+        quantization.verify(result.model, result.order, transformers_loader.device_facts())
+
+
+def test_another_compute_dtype_is_noticed(tmp_path: Path) -> None:
+    result = load(checkpoints.llama(), tmp_path, load_in_4bit=True)
+    result.model.model.layers[0].mlp.up_proj.compute_dtype = torch.float32
+    with pytest.raises(WrongResult, match="float32"):
+        quantization.verify(result.model, result.order, transformers_loader.device_facts())
+
+
+def with_quantization(folder: Path, method: str) -> Path:
+    """A copy of a plain checkpoint whose config.json claims to be quantized by ``method``."""
+    checkpoints.copied(checkpoints.llama(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_missing_package_is_named_with_the_line_to_run(tmp_path: Path) -> None:
+    assert packages.missing("aqlm"), "this test needs a quantization package that is not installed"
+    with pytest.raises(MissingPackage, match="aqlm") as caught:
+        load(with_quantization(tmp_path / "model", "aqlm"), tmp_path, quantization="aqlm")
+    assert caught.value.hint == "Run: pip install aqlm"
+
+
+def test_an_unknown_quantization_is_refused(tmp_path: Path) -> None:
+    """transformers would leave the packed weights out with a warning, and load noise."""
+    with pytest.raises(UnsupportedModel, match="'crunch'"):
+        load(with_quantization(tmp_path / "model", "crunch"), tmp_path, quantization="crunch")
+
+
+@needs_gptqmodel
+def test_gptq_layers_and_disable_exllama(tmp_path: Path) -> None:
+    plain = load(checkpoints.gptq(), tmp_path, quantization="gptq")
+    trainable = load(checkpoints.gptq(), tmp_path, quantization="gptq", disable_exllama=True)
+    for result, backend in ((plain, "auto"), (trainable, "auto_trainable")):
+        assert result.report.layer_classes["Linear"] == 1
+        assert sum(result.report.layer_classes.values()) == 15
+        assert result.report.parameters == load(checkpoints.llama(), tmp_path).report.parameters
+        assert result.model.hf_quantizer.quantization_config.backend == backend
+    kernels = [module for module in trainable.model.modules() if hasattr(module, "qweight")]
+    assert len(kernels) == 14
+    assert all(kernel.SUPPORTS_TRAINING for kernel in kernels)
+    assert not any("exllama" in type(kernel).__name__.lower() for kernel in kernels)
+
+
+@needs_gptqmodel
+def test_gptq_computes_nearly_what_the_plain_model_does(tmp_path: Path) -> None:
+    prompt = torch.arange(3, 40)[None]
+    quantized = load(checkpoints.gptq(), tmp_path, quantization="gptq").model(prompt).logits.float()
+    plain = load(checkpoints.llama(), tmp_path).model(prompt).logits
+    assert torch.nn.functional.cosine_similarity(quantized, plain, dim=-1).min() > 0.98
+
+
+@needs_gptqmodel
+def test_gptq_that_cannot_be_trained_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = load(checkpoints.gptq(), tmp_path, quantization="gptq", disable_exllama=True)
+    kernel = next(type(module) for module in result.model.modules() if hasattr(module, "qweight"))
+    monkeypatch.setattr(kernel, "SUPPORTS_TRAINING", False)
+    with pytest.raises(WrongResult, match="disable_exllama"):
+        quantization.verify(result.model, result.order, transformers_loader.device_facts())
+
+
+@needs_gptqmodel
+def test_awq_computes_what_its_packed_weights_stand_for(tmp_path: Path) -> None:
+    result = load(checkpoints.awq(), tmp_path, quantization="awq")
+    assert sum(result.report.layer_classes.values()) == 15
+    assert result.report.layer_classes["Linear"] == 1
+    reference = load(checkpoints.llama(), tmp_path).model
+    reference.load_state_dict(load_file(checkpoints.awq() / "reference.st"))
+    prompt = torch.arange(3, 40)[None]
+    torch.testing.assert_close(result.model(prompt).logits.float(), reference(prompt).logits, atol=0.02, rtol=0)
