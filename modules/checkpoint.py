@@ -38,7 +38,6 @@ def check_files(path: Path, file_format: str) -> None:
     if file_format == "gguf":
         _check_gguf(path)
         return
-    read_json(path / "config.json", absent=NotAModel)
     for file in weight_files(path, file_format):
         if file_format == "safetensors":
             safetensors_header(file)
@@ -49,6 +48,10 @@ def check_files(path: Path, file_format: str) -> None:
 def weight_files(path: Path, file_format: str) -> list[Path]:
     """The files that hold the folder's weights, each there. Raises as :func:`check_files` does."""
     single, index = WEIGHT_FILES[file_format]
+    if named := read_json(path / "config.json", absent=NotAModel).get("transformers_weights"):
+        single = safe_name(path, "config.json", named)  # transformers takes this file instead
+        if not (path / single).is_file():
+            raise BrokenCheckpoint(f"{path.name} lacks {single}, which its config.json names.")
     if (path / single).is_file():  # transformers takes the single file where there are both
         return [path / single]
     if not (path / index).is_file():

@@ -44,6 +44,14 @@ def test_an_index_that_names_a_file_outside_is_refused(tmp_path: Path, name: str
         check_files(folder, "safetensors")
 
 
+def test_a_config_that_names_weights_outside_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.llama(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "../other.safetensors"}))
+    with pytest.raises(UnsafeCheckpoint, match=r"config\.json in model names a file outside"):
+        check_files(folder, "safetensors")
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = checkpoints.copied(checkpoints.sharded(), tmp_path / "model")
     gone = weight_files(folder, "safetensors")[1]
