@@ -49,9 +49,10 @@ def weight_files(path: Path, file_format: str) -> list[Path]:
     """The files that hold the folder's weights, each there. Raises as :func:`check_files` does."""
     single, index = WEIGHT_FILES[file_format]
     if named := read_json(path / "config.json", absent=NotAModel).get("transformers_weights"):
-        single = safe_name(path, "config.json", named)  # transformers takes this file instead
-        if not (path / single).is_file():
-            raise BrokenCheckpoint(f"{path.name} lacks {single}, which its config.json names.")
+        named = safe_name(path, "config.json", named)  # transformers takes this file instead
+        if not (path / named).is_file():
+            raise BrokenCheckpoint(f"{path.name} lacks {named}, which its config.json names.")
+        single, index = ("", named) if named.endswith(".index.json") else (named, "")
     if (path / single).is_file():  # transformers takes the single file where there are both
         return [path / single]
     if not (path / index).is_file():

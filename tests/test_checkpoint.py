@@ -52,6 +52,18 @@ def test_a_config_that_names_weights_outside_is_refused(tmp_path: Path) -> None:
         check_files(folder, "safetensors")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_weights_that_a_config_names_are_found(tmp_path: Path, name: str) -> None:
+    source = checkpoints.sharded() if name.endswith("index.json") else checkpoints.llama()
+    folder = checkpoints.copied(source, tmp_path / "model")
+    expected = [file.stat().st_size for file in weight_files(folder, "safetensors")]
+    (folder / name).rename(folder / f"own-{name}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": f"own-{name}"}))
+    assert [file.stat().st_size for file in weight_files(folder, "safetensors")] == expected
+    check_files(folder, "safetensors")
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = checkpoints.copied(checkpoints.sharded(), tmp_path / "model")
     gone = weight_files(folder, "safetensors")[1]
