@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules import flags
-from modules.errors import LoadstoneError, PortInUse, UserError
+from modules.errors import LoadstoneError
+from modules.options import CommandOptions, ServerOptions
 
 if TYPE_CHECKING:
     from modules.service import Service
 
 HERE = Path(__file__).resolve().parent
-MODELS = HERE / "models"
-CACHE = MODELS / ".cache"
-
 log = logging.getLogger("loadstone")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """The exit status: 0, 2 for what the user can mend, 1 for the rest."""
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        parsed = flags.parse(argv)  # before anything heavy: --help and a typo are answered at once
+        if isinstance(parsed, flags.Help):
+            print(parsed.text)
+            return 0
+        service, server = prepare(parsed)
+        try:
+            return _run(service, server, parsed.command_options())
+        finally:
+            service.supervisor.close()
     except LoadstoneError as error:
         print(f"loadstone: {error}", file=sys.stderr)
         return error.exit_status
@@ -31,60 +38,55 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _run(argv: list[str]) -> int:
-    parsed = flags.parse(argv)  # before anything heavy: --help and a typo are answered at once
-    if isinstance(parsed, flags.Help):
-        print(parsed.text)
-        return 0
-    from modules import commands
-    from modules.settings import Settings
-
-    settings = Settings(Path(parsed.settings_file or HERE / "settings.yaml"), MODELS)
-    server, command = parsed.layered(settings.server_values)
-    logging.basicConfig(
-        level=logging.DEBUG if server.verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if command.demo:
-        parsed.load.setdefault("model", commands.demo(MODELS))
-    service = build(settings, parsed, server)
-    try:
-        if command.check:
-            return commands.check(service)
-        if command.prompt:
-            return commands.prompt(service, command.prompt, raw=command.raw_prompt)
-        return serve(service, server)
-    finally:
-        service.supervisor.close()
-
-
-def build(settings: Settings, parsed: flags.Parsed, server: flags.ServerOptions) -> Service:
-    """Every object, wired. Starts nothing."""
-    from modules import devices
+def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
+    """Every object, wired; nothing is started. Raises SettingsError, and what bringing the demo model raises."""
+    from modules import commands, devices
     from modules.library import Library, default_hf_cache
     from modules.service import Service
-    from modules.settings import CodeApprovals
+    from modules.settings import CodeApprovals, Settings
     from modules.supervisor import Supervisor
 
-    roots = [MODELS, *(Path(folder).expanduser().resolve() for folder in server.model_dir)]
+    given = ServerOptions(**parsed.server)
+    home = Path(given.home).expanduser().resolve() if given.home else HERE
+    models = home / "models"
+    settings = Settings(Path(given.settings).expanduser() if given.settings else home / "settings.yaml", models)
+    server = parsed.server_options(settings.server_values)
+    _log_to_stderr(verbose=server.verbose)
+    if parsed.command_options().demo:
+        parsed.load.setdefault("model", commands.demo(models))
+    roots = [models, *(Path(folder).expanduser().resolve() for folder in server.model_dir)]
 
     def measure() -> devices.Machine:
-        return devices.measure(MODELS)
+        return devices.measure(models if models.is_dir() else home)
 
-    return Service(
+    service = Service(
         Library(roots, default_hf_cache() if server.hf_cache else None),
         settings,
-        CodeApprovals(CACHE / "allowed-code.json"),
+        CodeApprovals(models / ".cache" / "allowed-code.json"),
         Supervisor(warm_worker=server.warm_worker, measure=measure),
         measure,
-        cache_dir=CACHE,
+        cache_dir=models / ".cache",
         flags=parsed.load,
         generation_flags=parsed.generation,
     )
+    return service, server
 
 
-def serve(service: Service, server: ServerOptions) -> int:
-    """Serve the page until Ctrl-C or SIGTERM. Raises PortInUse."""
+def _log_to_stderr(*, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True
+    )
+    for name in ("httpx", "httpcore", "asyncio", "markdown_it", "matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _run(service: Service, server: ServerOptions, command: CommandOptions) -> int:
+    from modules import commands
+
+    if command.check:
+        return commands.check(service)
+    if command.prompt:
+        return commands.prompt(service, command.prompt, raw=command.raw_prompt)
     from modules import web
 
     listener = web.listen(server.listen_port)
@@ -104,4 +106,4 @@ def _load_at_start(service: Service) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

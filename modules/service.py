@@ -77,6 +77,7 @@ class Service:
         self._flags = {name: value for name, value in (flags or {}).items() if name != "model"}
         self._generation_flags = dict(generation_flags or {})
         self.preselected = str((flags or {}).get("model", ""))
+        self.start_error: LoadstoneError | None = None  # why the model named at the start was refused
 
     # --- what there is ---
 
@@ -213,6 +214,7 @@ class Service:
         """Start loading; returns at once. Raises what is known to be wrong beforehand, or Busy."""
         order = self.order(name, form, source)
         view = self.view(name, form, source)
+        self.start_error = None
         beside = view.estimate is not None and fits_beside(view.estimate, self.measure())
         self.supervisor.load(order, beside=beside)
 

@@ -196,7 +196,7 @@ class LoadOptions:
 
 LOAD_OPTIONS = specs(LoadOptions)
 
-_EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
+EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
     ("load_in_4bit", "load_in_8bit", "The weights can be quantized only once."),
     ("alpha_value", "compress_pos_emb", "Both stretch the context; together they would do it twice."),
     ("alpha_value", "rope_freq_base", "alpha_value computes the RoPE base that rope_freq_base sets."),
@@ -216,7 +216,7 @@ def check(options: LoadOptions, circumstances: Circumstances) -> tuple[str, ...]
     each other, or where an option was asked for that this model or machine cannot follow.
     """
     given = changed(options)
-    for one, other, why in _EXCLUSIVE:
+    for one, other, why in EXCLUSIVE:
         if one in given and other in given:
             one_flag, other_flag = LOAD_OPTIONS[one].flag, LOAD_OPTIONS[other].flag
             raise OptionConflict(

@@ -46,7 +46,11 @@ def _follow_state(
         snapshot = service.snapshot()
         since = snapshot.loaded.since if snapshot.loaded else 0.0
         mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
-        return [cards.status_line(snapshot), mode, since, *model_tab.state_updates(snapshot, model or "")]
+        if service.start_error:
+            state = model_tab.refused_updates(service, model or "", service.start_error)
+        else:
+            state = model_tab.state_updates(snapshot, model or "")
+        return [cards.status_line(snapshot), mode, since, *state]
 
     def opened(remembered_model: dict[str, Any], remembered_chat: dict[str, Any]) -> list[Any]:
         return [
@@ -70,11 +74,12 @@ def _follow_state(
 def mount(app: FastAPI, service: Service) -> FastAPI:
     """The page at ``/`` of ``app``, with its style and script."""
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app, build(service), path="/", server_name="127.0.0.1", footer_links=[], run_history=False, ssr_mode=False,
         enable_monitoring=False, pwa=False, theme=_theme(), css_paths=[_HERE / "page.css"],
         head=f"<script>{script}</script>", show_error=True,
     )  # fmt: skip
+    return app
 
 
 def _theme() -> gr.themes.Base:

@@ -189,7 +189,8 @@ def fit_card(view: View, machine: Machine) -> str:
     parts.append(_device_bar("RAM", machine.ram_total_bytes, machine.ram_free_bytes, on_ram))
     if needed:
         parts.append(
-            f'<div class="small">About {format_bytes(needed.total_bytes)}: weights {format_bytes(needed.weights_bytes)}, '
+            f'<div class="small">About {format_bytes(needed.total_bytes)}: '
+            f"weights {format_bytes(needed.weights_bytes)}, "
             f"context {format_bytes(needed.cache_bytes)}, working {format_bytes(needed.working_bytes)}.</div>"
         )
         parts.append(f'<div class="{"ok" if needed.fits else "bad"}">{escape(needed.verdict)}</div>')

@@ -149,10 +149,11 @@ def model_choices(service: Service) -> list[str]:
 def _show_selected(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
     """A model was chosen: its own options, its facts."""
     view = service.view(model or "")
-    snapshot = service.snapshot()
+    error = service.start_error
+    state = refused_updates(service, model or "", error) if error else state_updates(service.snapshot(), model or "")
     return [
         *view_updates(tab, service, view, with_values=True),
-        *state_updates(snapshot, model or ""),
+        *state,
         *group_updates(tab.form, view),
     ]
 
@@ -178,9 +179,8 @@ def _follow(service: Service, model: str | None) -> Iterator[list[Any]]:
         snapshot = service.supervisor.wait(snapshot.version, POLL_S)
 
 
-def _refused(service: Service, model: str, error: LoadstoneError) -> list[Any]:
+def refused_updates(service: Service, model: str, error: LoadstoneError) -> list[Any]:
     """The card for what was refused before anything was touched: the running model stays as it is."""
-    gr.Warning(f"{error.message} {error.hint}".strip(), title=error.title, duration=8)
     updates = state_updates(service.snapshot(), model)
     fix, allow = bool(error.fix), isinstance(error, CustomCodeRefused)
     updates[0] = f'<div class="card failed">{cards.error_box(error)}</div>{updates[0]}'
@@ -193,7 +193,7 @@ def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> Iter
     try:
         service.load(model or "", form_values(tab.form, raw))
     except LoadstoneError as error:
-        yield _refused(service, model or "", error)
+        yield refused_updates(service, model or "", error)
         return
     yield from _follow(service, model)
 
@@ -202,7 +202,7 @@ def _act(service: Service, action: Callable[[], None], model: str | None) -> Ite
     try:
         action()
     except LoadstoneError as error:
-        yield _refused(service, model or "", error)
+        yield refused_updates(service, model or "", error)
         return
     yield from _follow(service, model)
 

@@ -23,7 +23,7 @@ from modules import flags, web
 from modules.errors import LoadstoneError
 from fastapi.testclient import TestClient
 
-service = server.prepare(sys.argv[1:])[0]
+service = server.prepare(flags.parse(sys.argv[1:]))[0]
 client = TestClient(web.application(service), base_url="http://127.0.0.1")
 with client:
     assert "Loadstone" in client.get("/").text

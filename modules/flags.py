@@ -1,0 +1,137 @@
+"""The options as command-line flags. Imports nothing but options and errors, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from modules.errors import OptionError
+from modules.options import (
+    COMMAND_OPTIONS,
+    GENERATION_OPTIONS,
+    GROUPS,
+    LOAD_OPTIONS,
+    SERVER_OPTIONS,
+    CommandOptions,
+    ServerOptions,
+    Spec,
+)
+from modules.options.server import GROUPS as SERVER_GROUPS
+
+_TITLES: Mapping[str, str] = {**GROUPS, "generation": "Generation", **SERVER_GROUPS}
+_ALL: Mapping[str, Spec] = {**LOAD_OPTIONS, **GENERATION_OPTIONS, **SERVER_OPTIONS, **COMMAND_OPTIONS}
+
+
+@dataclass(frozen=True)
+class Help:
+    """Help was asked for."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The values that were given, and only those."""
+
+    load: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, Any] = field(default_factory=dict)
+    command: dict[str, Any] = field(default_factory=dict)
+
+    def server_options(self, lower: Mapping[str, Any]) -> ServerOptions:
+        """The server options over those of a settings file."""
+        return ServerOptions(**{**lower, **self.server})
+
+    def command_options(self) -> CommandOptions:
+        return CommandOptions(**self.command)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message[:1].upper()}{message[1:]}.", "python server.py --help lists the flags.")
+
+
+def parse(argv: Sequence[str]) -> Parsed | Help:
+    """The flags in ``argv``. Raises OptionError, with the nearest flags for one that is not known."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args(argv)
+    if getattr(given, "help", False):
+        return Help(parser.format_help())
+    if unknown:
+        raise _unknown(unknown[0])
+    values = {name: _ALL[name].parse(value) for name, value in vars(given).items()}
+    return Parsed(
+        *({name: value for name, value in values.items() if name in table} for table in _TABLES),
+    )
+
+
+_TABLES: tuple[Mapping[str, Spec], ...] = (LOAD_OPTIONS, GENERATION_OPTIONS, SERVER_OPTIONS, COMMAND_OPTIONS)
+
+
+def _unknown(word: str) -> OptionError:
+    if not word.startswith("-"):
+        return OptionError(f"{word!r} belongs to no flag.", "A text with spaces needs quotation marks.")
+    flag = word.split("=")[0].replace("_", "-").lower()
+    known = {spelling.replace("_", "-"): spec.flag for spec in _ALL.values() for spelling in _spellings(spec)}
+    near = [known[match] for match in difflib.get_close_matches(flag, known, n=2, cutoff=0.6)]
+    return OptionError(
+        f"There is no flag {word.split('=')[0]}.", f"Did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    )
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="server.py", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Load language models, in the browser and from the command line.",
+        usage="server.py [--model NAME] [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )  # fmt: skip
+    parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
+    for group, title in _TITLES.items():
+        section = parser.add_argument_group(title)
+        for spec in _ALL.values():
+            if spec.group == group:
+                _add(section, spec)
+    return parser
+
+
+def _spellings(spec: Spec) -> list[str]:
+    """The flag as people know it first, then the other spelling."""
+    other = spec.flag.replace("_", "-")
+    other = other if other != spec.flag else "--" + spec.flag[2:].replace("-", "_")
+    return list(dict.fromkeys([spec.flag, other]))
+
+
+def _add(group: argparse._ArgumentGroup, spec: Spec) -> None:
+    spellings, text = _spellings(spec), _help(spec)
+    if spec.kind == "flag":
+        off = [f"--no{flag[1:]}" if "_" not in flag else f"--no_{flag[2:]}" for flag in spellings]
+        on_help, off_help = (argparse.SUPPRESS, text) if spec.default else (text, argparse.SUPPRESS)
+        group.add_argument(*spellings, dest=spec.name, action="store_true", help=on_help)
+        group.add_argument(*off, dest=spec.name, action="store_false", help=off_help)
+        return
+    nargs = {"nargs": "+"} if spec.kind in ("numbers", "names") else {}
+    rest: dict[str, Any] = {"dest": spec.name, "metavar": _metavar(spec), "help": text, **nargs}
+    group.add_argument(*spellings, **rest)
+
+
+def _metavar(spec: Spec) -> str:
+    if spec.kind == "choice":
+        return "|".join(spec.choices)
+    return (spec.unit or {"text": "TEXT", "names": "NAME"}.get(spec.kind, "N")).upper()
+
+
+def _help(spec: Spec) -> str:
+    default = spec.default_help or (
+        "on" if spec.default is True else "" if spec.default in (False, "", ()) else spec.default
+    )
+    return f"{spec.help}{f' (default: {default})' if default != '' else ''}".replace("%", "%%")
+
+
+def all_flags() -> Iterable[str]:
+    """Every spelling of every flag."""
+    for spec in _ALL.values():
+        yield from _spellings(spec)
