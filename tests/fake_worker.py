@@ -64,6 +64,7 @@ from modules.protocol import (
 )
 
 _output = threading.Lock()
+_ignores_term = threading.Event()
 
 
 def say(event: Any) -> None:
@@ -105,7 +106,7 @@ def report(name: str) -> LoadReport:
 def load(order: LoadOrder) -> None:
     words = order.name.split()
     if "ignore-term" in words:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _ignores_term.set()
     if "grandchild" in words:
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
         command = [sys.executable, "-c", f"{code}; time.sleep(3600)", *sys.argv[1:]]
@@ -216,10 +217,17 @@ def exit_with_the_parent() -> None:
     os._exit(0)
 
 
+def end_unless_told_not_to(number: int, _: object) -> None:
+    if not _ignores_term.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
 def main() -> None:
     words = sys.argv[1:]
+    signal.signal(signal.SIGTERM, end_unless_told_not_to)
     if "ignore-term" in words:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _ignores_term.set()
     hello = decode(sys.stdin.buffer.readline())
     assert isinstance(hello, Hello)
     threading.Thread(target=exit_with_the_parent, daemon=True).start()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from modules.errors import Cancelled, LoadFailed, LoadstoneError, WorkerTimeout
+from modules.errors import Cancelled, LoadFailed, LoadstoneError, WorkerCrashed, WorkerTimeout
 from modules.protocol import LOAD, LoadOrder, Ready
 from modules.supervisor.child import Child
 from modules.supervisor.owner import Job, Owner
@@ -80,7 +80,33 @@ class Load:
 
     def _load(self, order: LoadOrder, on_success: Callable[[], None]) -> None:
         before = self._owner.measured()
-        child = self._take_child()
+        child = self._give(order)
+        self._await(child, lambda: child.outcome is not None, None)
+        if not isinstance(child.outcome, Ready):
+            raise child.death()
+        self._commit(child, self._loaded(order, child.outcome, before), on_success)
+
+    def _give(self, order: LoadOrder) -> Child:
+        """The worker that has the order: the one that waits warm, or a new one."""
+        owner = self._owner
+        with owner.changed:
+            owner.refuse_cancelled(self._job)
+            warm, owner.warm = owner.warm, None
+            self._job.child = owner.spoken_of = warm
+        if warm is not None:
+            try:
+                return self._give_to(warm, order)
+            except WorkerCrashed as error:  # while it waited; what it died of has nothing to do with this load
+                with owner.changed:
+                    owner.refuse_cancelled(self._job)
+                    owner.note_warm_death(error)
+                owner.end(warm)
+        with owner.changed:
+            owner.refuse_cancelled(self._job)
+            self._job.child = owner.spoken_of = child = owner.spawn(imports=False)
+        return self._give_to(child, order)
+
+    def _give_to(self, child: Child, order: LoadOrder) -> Child:
         if not self._await(child, lambda: child.port is not None, self._start_timeout_s):
             raise WorkerTimeout(
                 f"The process for {order.name} did not come up within {self._start_timeout_s:g} s.",
@@ -90,19 +116,7 @@ class Load:
         with self._owner.changed:
             self._owner.refuse_cancelled(self._job)
             self._owner.change(State.LOADING)
-        self._await(child, lambda: child.outcome is not None, None)
-        if not isinstance(child.outcome, Ready):
-            raise child.death()
-        self._commit(child, self._loaded(order, child.outcome, before), on_success)
-
-    def _take_child(self) -> Child:
-        """The warm worker, or a new one that imports the ML packages when it gets the order."""
-        owner = self._owner
-        with owner.changed:
-            owner.refuse_cancelled(self._job)
-            warm, owner.warm = owner.warm, None
-            self._job.child = owner.spoken_of = child = warm or owner.spawn(imports=False)
-            return child
+        return child
 
     def _await(self, child: Child, done: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait until ``done``; False after ``timeout_s``. Raises Cancelled, or why the worker died."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.errors import Busy, Cancelled, WorkerCrashed, WorkerTimeout
+from modules.errors import Busy, Cancelled, LoadstoneError, WorkerCrashed, WorkerTimeout
 from modules.protocol import Event, Progress
 from modules.supervisor.child import Child
 from modules.supervisor.state import LOAD_STATES, Loaded, Record, State
@@ -105,6 +105,10 @@ class Owner:
         self.record.loaded = None
         return child
 
+    def note_warm_death(self, error: LoadstoneError) -> None:
+        self.record.note(f"The worker that waited is gone, and the next load starts one. {error.message}")
+        self.changed.notify_all()
+
     # --- without the lock ---
 
     def end(self, child: Child) -> None:
@@ -145,7 +149,7 @@ class Owner:
     def _warm_died(self, child: Child) -> None:
         self.warm = None  # no new one before the next load has ended: it would die as well, again and again
         if not child.ended_on_purpose:
-            self.record.note(f"The waiting worker is gone; the next load starts one. {child.death().message}")
+            self.note_warm_death(child.death())
 
     def _loaded_died(self, child: Child) -> None:
         error, loaded = child.death(), self.record.loaded
