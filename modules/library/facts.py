@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoint import check_files, read_json, safetensors_header, weight_files
-from modules.errors import LoadstoneError, UnsupportedModel
+from modules.checkpoint import check_files, read_json, weight_files
+from modules.errors import BrokenCheckpoint, LoadstoneError, ModelNotFound, NotAModel, UnsupportedModel
+from modules.library import config as reading
 from modules.library.gguf_header import GgufHeader, read_header
-from modules.library.scan import Model
+from modules.library.scan import LORA_CONFIG, PIPELINE_CONFIG, UNFINISHED, Model
+from modules.library.tensors import TensorInfo, main_dtype, main_type, parameters, safetensors_tensors
 from modules.options import Circumstances
 from modules.protocol import Task
 from modules.units import format_bytes, format_count, format_tokens
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
-_ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "partial_rotary_factor")
-# ggml's numbers for the types that fill most files: enum ggml_type in ggml.h.
-_GGML_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
-               12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16"}  # fmt: skip
+_SENTENCEPIECE = frozenset({"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"})
+_LEGACY_QUANTIZATION = ("quantize_config.json", "quant_config.json")  # of GPTQ, of AWQ
+_OTHER_FORMATS: Mapping[str, str] = {
+    ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".pth": "original PyTorch", ".pt": "PyTorch",
+    ".ot": "Rust", ".mlmodel": "Core ML", ".exl2": "ExLlama", ".npz": "MLX", ".ckpt": "training checkpoint",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CodeFile:
+    """A Python file that a model brings. ``sha256`` is "" for code that lies in another repository."""
+
     name: str
     sha256: str
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    dtype: str  # as the header names it: "BF16", "I32", "Q4_1"
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class ModelFacts:
     dtype: str  # of most weights: "bfloat16"; "" = not known
     quantization: str  # "" | "gptq" | "awq" | "bitsandbytes" | "gguf" | …
     quantization_detail: str  # "4-bit nf4", "Q4_1"
-    size_bytes: int
+    size_bytes: int  # of the weight files
     context_tokens: int
     layers: int
     kv_heads: int
@@ -75,7 +73,7 @@ class ModelFacts:
         )  # fmt: skip
 
     def summary(self) -> str:
-        """``135 M · bf16 · 269 MB · 8k context``."""
+        """``LlamaForCausalLM · 135 M · bf16 · 269 MB · 8k context``."""
         parts = [
             self.architecture,
             format_count(self.parameters) if self.parameters else "",
@@ -88,189 +86,155 @@ class ModelFacts:
 
 
 def read_facts(model: Model) -> ModelFacts:
-    """Describe the model. Raises what :func:`modules.checkpoint.check_files` raises, and UnsupportedModel."""
-    if model.file_format == "gguf":
-        return _gguf_facts(model)
-    check_files(model.path, model.file_format)
-    config = read_json(model.path / "config.json")
-    tensors = _tensors(model)
-    quantization, detail = _quantization(config)
-    text = _text_config(config)
-    heads = _number(text, "num_attention_heads", "n_head", "num_heads")
-    hidden = _number(text, "hidden_size", "n_embd", "d_model")
-    rope = _rope(text)
-    names = {file.name for file in model.path.iterdir()}
-    files = weight_files(model.path, model.file_format)
+    """Describe the model.
+
+    Raises ModelNotFound where it is gone, NotAModel and UnsupportedModel for what is something else, and
+    BrokenCheckpoint or UnsafeCheckpoint as :func:`modules.checkpoint.check_files` does.
+    """
+    try:
+        if not model.path.exists():
+            raise ModelNotFound(f"{model.name} is not there any more: {model.path}.")
+        if model.file_format == "gguf":
+            check_files(model.path, "gguf")
+            return _gguf_facts(model)
+        _refuse_other_things(model.path)
+        check_files(model.path, model.file_format)
+        return _folder_facts(model)
+    except OSError as error:
+        raise BrokenCheckpoint(f"{model.name} cannot be read: {error.strerror}.", "Check its permissions.") from None
+    except RecursionError:  # JSON nested a thousand deep
+        raise BrokenCheckpoint(f"A JSON file of {model.name} is damaged: it is nested too deep.") from None
+
+
+def _refuse_other_things(folder: Path) -> None:
+    """Raise for what lies in a model folder and is no model, so that it is named for what it is."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if not names:
+        raise NotAModel(f"{folder.name} is empty.")
+    if LORA_CONFIG in names:
+        raise NotAModel(f"{folder.name} is a LoRA, not a model ({LORA_CONFIG}).", "Move it to loras/.")
+    if PIPELINE_CONFIG in names:
+        raise NotAModel(f"{folder.name} is an image pipeline ({PIPELINE_CONFIG}).", "Loadstone loads language models.")
+    if unfinished := [name for name in names if name.endswith(UNFINISHED)]:
+        raise BrokenCheckpoint(f"The download of {folder.name} is not finished: {unfinished[0]}.")
+    for name in names:
+        if (path := folder / name).suffix in (".safetensors", ".bin") and path.exists() and not path.stat().st_size:
+            raise BrokenCheckpoint(f"{name} in {folder.name} is empty: its download did not finish.")
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".index.json"))]
+    other = next((name for name in names if Path(name).suffix in _OTHER_FORMATS), None)
+    if other and not weights:
+        kind = _OTHER_FORMATS[Path(other).suffix]
+        raise UnsupportedModel(
+            f"{folder.name} holds {kind} weights ({other}); no loader takes them.",
+            "Get the model as safetensors or as a .gguf file.",
+        )
+
+
+def _folder_facts(model: Model) -> ModelFacts:
+    folder = model.path
+    config = read_json(folder / "config.json")
+    text = reading.text_part(config)
+    tokenizer = _optional_json(folder / "tokenizer_config.json")
+    legacy = next((data for name in _LEGACY_QUANTIZATION if (data := _optional_json(folder / name))), {})
+    quantization, detail, bits = reading.quantization(config, legacy)
+    files = weight_files(folder, model.file_format)
+    tensors = safetensors_tensors(files) if model.file_format == "safetensors" else {}
+    names = {entry.name for entry in folder.iterdir()}
+    layers, kv_heads, head_dim = reading.attention(text)
+    rope = reading.rope(text)
     return ModelFacts(
         model=model,
-        architecture=_architecture(config),
+        architecture=reading.architecture(config),
         model_type=str(config.get("model_type", "")),
-        task="seq2seq" if config.get("is_encoder_decoder") else "causal",
-        parameters=_parameters(tensors, quantization),
-        dtype=_main_dtype(tensors) or str(config.get("dtype") or config.get("torch_dtype") or ""),
+        task="seq2seq" if config.get("is_encoder_decoder") is True else "causal",
+        parameters=parameters(tensors, quantization, bits),
+        dtype=(not quantization and main_dtype(tensors)) or reading.dtype(text),
         quantization=quantization,
         quantization_detail=detail,
         size_bytes=sum(file.stat().st_size for file in files),
-        context_tokens=_number(text, *_CONTEXT_KEYS),
-        layers=_number(text, "num_hidden_layers", "n_layer", "num_layers"),
-        kv_heads=_number(text, "num_key_value_heads") or heads,
-        head_dim=_number(text, "head_dim", "d_kv") or (hidden // heads if heads else 0),
+        context_tokens=reading.context_tokens(text),
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         has_rope=rope is not None,
         rope_theta=rope[0] if rope else 0.0,
         rope_scaling=rope[1] if rope else "",
-        code_files=_code_files(model.path, config),
-        has_fast_tokenizer="tokenizer.json" in names or not _slow_names(names),
-        has_slow_tokenizer=_slow_names(names),
-        has_chat_template=_has_chat_template(model.path, names),
+        code_files=_code_files(folder, config, tokenizer),
+        has_fast_tokenizer="tokenizer.json" in names or names.isdisjoint(_SENTENCEPIECE),
+        has_slow_tokenizer=not names.isdisjoint(_SENTENCEPIECE),
+        has_chat_template=_has_chat_template(names, tokenizer),
         config=config,
         tensors=tensors,
     )
 
 
-def _tensors(model: Model) -> dict[str, TensorInfo]:
-    if model.file_format != "safetensors":
+def _optional_json(path: Path) -> Mapping[str, Any]:
+    """The object in a file that a model can do without; empty where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except LoadstoneError:
         return {}
-    return {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
-        for file in weight_files(model.path, "safetensors")
-        for name, entry in safetensors_header(file).items()
-        if name != "__metadata__"
-    }
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = config.get("text_config") or config.get("llm_config") or {}
-    return {**config, **inner} if isinstance(inner, Mapping) else config
+def _has_chat_template(names: set[str], tokenizer: Mapping[str, Any]) -> bool:
+    return not names.isdisjoint({"chat_template.jinja", "chat_template.json"}) or bool(tokenizer.get("chat_template"))
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or []
-    return str(names[0]) if isinstance(names, list) and names else ""
+def _code_files(folder: Path, *configs: Mapping[str, Any]) -> tuple[CodeFile, ...]:
+    """Every Python file, where the configuration of the model or the tokenizer names code (auto_map).
 
-
-def _number(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of the keys that holds a whole number; 0 where none does."""
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return 0
-
-
-def _quantization(config: Mapping[str, Any]) -> tuple[str, str]:
-    """The method that the checkpoint names, and a few words on it; two empty texts for plain weights."""
-    stored = config.get("quantization_config")
-    if not isinstance(stored, Mapping):
-        return "", ""
-    method = str(stored.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in stored else "unknown")).lower()
-    method = "bitsandbytes" if method.startswith("bitsandbytes") else method
-    if method == "bitsandbytes":
-        detail = f"4-bit {stored.get('bnb_4bit_quant_type', '')}" if stored.get("load_in_4bit") else "8-bit"
-        return method, detail.strip()
-    bits = stored.get("bits") or stored.get("w_bit")
-    return method, f"{f'{bits}-bit ' if bits else ''}{method.upper()}"
-
-
-def _rope(text: Mapping[str, Any]) -> tuple[float, str] | None:
-    """(theta, the model's own scaling or ""), or None for a model without RoPE."""
-    if not any(key in text for key in _ROPE_KEYS):
-        return None
-    parameters = text.get("rope_parameters")
-    parameters = parameters if isinstance(parameters, Mapping) else {}
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    if nested:
-        parameters = parameters.get("full_attention") or nested[0]
-    scaling = text.get("rope_scaling")
-    scaling = scaling if isinstance(scaling, Mapping) else {}
-    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or ""
-    theta = parameters.get("rope_theta") or text.get("rope_theta") or 10000.0
-    return float(theta), "" if kind == "default" else str(kind)
-
-
-def _parameters(tensors: Mapping[str, TensorInfo], quantization: str) -> int | None:
-    """How many numbers the model has; None where packed weights or ``.bin`` files do not tell."""
-    if not tensors or quantization:
-        return None
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())
-
-
-def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        if tensor.dtype in _DTYPES:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    return _DTYPES[max(sizes, key=lambda name: sizes[name])] if sizes else ""
-
-
-def _code_files(folder: Path, config: Mapping[str, Any]) -> tuple[CodeFile, ...]:
-    """Every Python file, where the configuration of the model or the tokenizer names code (auto_map)."""
-    tokenizer = folder / "tokenizer_config.json"
-    try:
-        named = bool(config.get("auto_map")) or (tokenizer.exists() and bool(read_json(tokenizer).get("auto_map")))
-    except LoadstoneError:
-        named = True
-    if not named:
+    Code of other repositories, which would be fetched, is named without a hash: nobody can allow it as seen.
+    """
+    if not any(reading.has_auto_map(config) for config in configs):
         return ()
-    files = sorted(path for path in folder.rglob("*.py") if path.is_file())
-    return tuple(
-        CodeFile(path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
-    )
+    own = [CodeFile(path.relative_to(folder).as_posix(), _sha256(path)) for path in python_files(folder)]
+    foreign = sorted({reference for config in configs for reference in reading.foreign_code(config)})
+    return (*own, *(CodeFile(reference, "") for reference in foreign))
 
 
-def _slow_names(names: set[str]) -> bool:
-    """Whether there is a SentencePiece model, from which the slow tokenizer is made."""
-    return not names.isdisjoint({"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"})
+def python_files(folder: Path) -> Iterator[Path]:
+    """The Python files of a model's folder, in order, without those of hidden folders (caches)."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(files) if name.endswith(".py"))
 
 
-def _has_chat_template(folder: Path, names: set[str]) -> bool:
-    if "chat_template.jinja" in names or "chat_template.json" in names:
-        return True
-    try:
-        return "tokenizer_config.json" in names and "chat_template" in read_json(folder / "tokenizer_config.json")
-    except LoadstoneError:
-        return False
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _gguf_facts(model: Model) -> ModelFacts:
     header = read_header(model.path)
     if not header.architecture:
         raise UnsupportedModel(f"{model.name} does not say which architecture it is (general.architecture).")
-    tensors = {
-        name: TensorInfo(_GGML_TYPES.get(kind, f"type {kind}"), shape) for name, (kind, shape) in header.tensors.items()
-    }
-    heads = int(header.value("attention.head_count", 0) or 0)
-    width = int(header.value("embedding_length", 0) or 0)
+    tensors = {name: TensorInfo(kind, shape) for name, (kind, shape) in header.tensors.items()}
+    heads, width = int(header.number("attention.head_count")), int(header.number("embedding_length"))
+    scaling = str(header.metadata.get(f"{header.architecture}.rope.scaling.type", "none"))
+    has_rope = _gguf_has_rope(header)
     return ModelFacts(
         model=model,
         architecture=header.architecture,
         model_type=header.architecture,
-        task="causal",
-        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        task="seq2seq" if header.architecture == "t5" else "causal",
+        parameters=sum(tensor.elements for tensor in tensors.values()),
         dtype="",
         quantization="gguf",
-        quantization_detail=_gguf_type(tensors),
+        quantization_detail=main_type(tensors),
         size_bytes=model.path.stat().st_size,
-        context_tokens=int(header.value("context_length", 0) or 0),
-        layers=int(header.value("block_count", 0) or 0),
-        kv_heads=int(header.value("attention.head_count_kv", heads) or heads),
-        head_dim=int(header.value("attention.key_length", 0) or (width // heads if heads else 0)),
-        has_rope=_gguf_has_rope(header),
-        rope_theta=float(header.value("rope.freq_base", 10000.0)),
-        rope_scaling=str(header.value("rope.scaling.type", "")).replace("none", ""),
+        context_tokens=int(header.number("context_length")),
+        layers=int(header.number("block_count")),
+        kv_heads=int(header.number("attention.head_count_kv")) or heads,
+        head_dim=int(header.number("attention.key_length")) or (width // heads if heads else 0),
+        has_rope=has_rope,
+        rope_theta=(header.number("rope.freq_base") or reading.DEFAULT_THETA) if has_rope else 0.0,
+        rope_scaling="" if scaling == "none" else scaling,
         code_files=(),
         has_fast_tokenizer=True,
         has_slow_tokenizer=False,
-        has_chat_template="tokenizer.chat_template" in header.metadata,
+        has_chat_template=bool(header.metadata.get("tokenizer.chat_template")),
         tensors=tensors,
     )
 
 
 def _gguf_has_rope(header: GgufHeader) -> bool:
-    return any(".rope." in key for key in header.metadata)
-
-
-def _gguf_type(tensors: Mapping[str, TensorInfo]) -> str:
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    return max(sizes, key=lambda name: sizes[name]) if sizes else ""
+    return any(key.startswith(f"{header.architecture}.rope.") for key in header.metadata)

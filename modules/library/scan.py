@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modules.checkpoint import WEIGHT_FILES
+from modules.checkpoint import WEIGHT_FILES, safe_name
+from modules.errors import UnsafeCheckpoint
 
 FileFormat = Literal["safetensors", "pytorch", "gguf"]
-_UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".tmp")
-_NOT_A_MODEL = frozenset({"adapter_config.json", "model_index.json"})  # a LoRA, a diffusers pipeline
+FOLDER_FORMATS: tuple[FileFormat, ...] = ("safetensors", "pytorch")  # the first whole one is taken
+HUB_CACHE = "Hugging Face cache"
+UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload")  # endings of downloads under way
+LORA_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "model_index.json"  # of a LoRA, of a diffusers pipeline
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # one of several files, which transformers does not put together
+_PROJECTOR = "mmproj"  # the image part of a GGUF model: no language model by itself
+_SAME_TICK_NS = 2_000_000_000  # the coarsest clock of a file system: two changes within it may look like one
 
 
 @dataclass(frozen=True)
@@ -43,29 +51,26 @@ class Scanner:
         self._seen: dict[str, tuple[int, _Folder]] = {}
 
     def scan(self, roots: Sequence[Path], hf_cache: Path | None) -> list[Model]:
-        """Every model under the roots and in the Hugging Face cache, by name; a name taken twice tells its root."""
+        """Every model under the roots and in the Hugging Face cache, by name, whatever the case.
+
+        The first to have a name keeps it; a later one is called ``name (folder of its root)``.
+        """
         found: dict[str, Model] = {}
-        for root in roots:
-            for model in self._under(root):
-                name = model.name if model.name not in found else f"{model.name} ({root.name})"
-                found.setdefault(name, Model(name, model.path, root, model.file_format))
-        for model in self._cached_hub(hf_cache) if hf_cache else ():
-            found.setdefault(model.name, model)
+        places = [(root.name, self._under(root)) for root in roots]
+        if hf_cache is not None:
+            places.append((HUB_CACHE, self._cached_hub(hf_cache)))
+        for place, models in places:
+            for model in sorted(models, key=lambda model: model.name):
+                name = _free_name(model.name, place, found)
+                found[name] = Model(name, model.path, model.root, model.file_format)
         return sorted(found.values(), key=lambda model: (model.name.casefold(), model.name))
 
     def _under(self, root: Path) -> Iterator[Model]:
-        try:
-            entries = list(os.scandir(root))
-        except OSError:
-            return
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.endswith(_UNFINISHED):
-                continue
-            if entry.name.endswith(".gguf"):
-                if _size(entry.path) > 0:
-                    yield Model(entry.name, Path(entry.path), root, "gguf")
-                continue
-            yield from self._in_folder(entry.path, entry.name, root, deeper=True)
+        files, folders = _entries(str(root))
+        for name in _whole_ggufs(files):
+            yield Model(name, root / name, root, "gguf")
+        for name in folders:
+            yield from self._in_folder(str(root / name), name, root, deeper=True)
 
     def _in_folder(self, path: str, name: str, root: Path, *, deeper: bool) -> Iterator[Model]:
         folder = self._look(path)
@@ -73,82 +78,148 @@ class Scanner:
             yield Model(name, Path(path), root, folder.file_format)
         for file in folder.gguf:
             yield Model(f"{name}/{file}", Path(path, file), root, "gguf")
-        if deeper and not folder.file_format:
-            for inner in folder.folders:
-                yield from self._in_folder(os.path.join(path, inner), f"{name}/{inner}", root, deeper=False)
+        for inner in folder.folders if deeper else ():
+            yield from self._in_folder(os.path.join(path, inner), f"{name}/{inner}", root, deeper=False)
 
     def _look(self, path: str) -> _Folder:
         try:
             changed = os.stat(path).st_mtime_ns
-            known = self._seen.get(path)
-            if known and known[0] == changed:
-                return known[1]
-            folder = _look_into(path)
         except OSError:
             return _Folder()
-        if folder.settled:
+        known = self._seen.get(path)
+        if known and known[0] == changed:
+            return known[1]
+        now = time.time_ns()
+        folder = _look_into(path)
+        if folder.settled and changed < now - _SAME_TICK_NS:
             self._seen[path] = (changed, folder)
         return folder
 
     def _cached_hub(self, hf_cache: Path) -> Iterator[Model]:
         """Models of the Hugging Face cache: the commit that ``main`` points to, or the only one."""
-        try:
-            entries = [entry for entry in os.scandir(hf_cache) if entry.name.startswith("models--")]
-        except OSError:
-            return
-        for entry in entries:
-            snapshot = _snapshot(Path(entry.path))
+        for repository in _entries(str(hf_cache))[1]:
+            snapshot = _snapshot(hf_cache / repository) if repository.startswith("models--") else None
             if snapshot is not None:
-                name = entry.name.removeprefix("models--").replace("--", "/", 1)
+                name = repository.removeprefix("models--").replace("--", "/", 1)
                 yield from self._in_folder(str(snapshot), name, hf_cache, deeper=False)
+
+
+def _free_name(name: str, place: str, taken: Mapping[str, Model]) -> str:
+    """``name``, or with its place, or with a number too."""
+    if name in taken:
+        name = f"{name} ({place})"
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name} {number}", number + 1
+    return free
 
 
 def _snapshot(repository: Path) -> Path | None:
     try:
-        commit = (repository / "refs" / "main").read_text().strip()
-        return repository / "snapshots" / commit
+        commit = (repository / "refs" / "main").read_text(encoding="utf-8", errors="replace").strip()
+        return repository / "snapshots" / commit if "/" not in commit else None
     except OSError:
         pass
+    commits = _entries(str(repository / "snapshots"))[1]
+    return repository / "snapshots" / commits[0] if len(commits) == 1 else None
+
+
+def _entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
+    """The files by name, and the names of the folders, links to folders among them; without hidden ones.
+
+    Nothing where the folder cannot be read.
+    """
+    files: dict[str, os.DirEntry[str]] = {}
+    folders: list[str] = []
     try:
-        commits = sorted((repository / "snapshots").iterdir())
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if not entry.is_dir():
+                    files[entry.name] = entry
+                elif not entry.name.endswith(UNFINISHED):
+                    folders.append(entry.name)
     except OSError:
-        return None
-    return commits[0] if len(commits) == 1 else None
+        return {}, []
+    return files, sorted(folders)
 
 
 def _look_into(path: str) -> _Folder:
-    with os.scandir(path) as entries:
-        files = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-    folders = tuple(sorted(name for name, entry in files.items() if "." not in name[-5:] and entry.is_dir()))
-    if any(name.endswith(_UNFINISHED) for name in files):
+    files, folders = _entries(path)
+    if any(name.endswith(UNFINISHED) for name in files):
         return _Folder(settled=False)
-    gguf = tuple(sorted(name for name in files if name.endswith(".gguf") and _size(files[name].path) > 0))
-    if "config.json" not in files or not _NOT_A_MODEL.isdisjoint(files):
-        return _Folder(gguf=gguf, folders=folders)
-    for file_format in ("safetensors", "pytorch"):
-        single, index = WEIGHT_FILES[file_format]
-        if single in files:
-            whole = _size(files[single].path) > 0
-        elif index in files:
-            whole = _shards_are_there(path, index)
-        else:
-            continue
-        return _Folder(file_format if whole else None, gguf, (), settled=whole)
-    return _Folder(gguf=gguf, folders=folders)
+    gguf = _whole_ggufs(files)
+    settled = len(gguf) == len(_ggufs(files))
+    if not files.keys().isdisjoint({LORA_CONFIG, PIPELINE_CONFIG}):
+        # The folders of a pipeline look like models of their own, and are none without each other.
+        return _Folder(gguf=gguf, settled=settled)
+    if "config.json" not in files:
+        return _Folder(gguf=gguf, folders=tuple(folders), settled=settled)
+    whole = next((kind for kind in FOLDER_FORMATS if _is_whole(path, files, kind)), None)
+    return _Folder(whole, gguf, settled=settled and whole is not None)
+
+
+def _ggufs(files: Iterable[str]) -> tuple[str, ...]:
+    return tuple(
+        sorted(
+            name
+            for name in files
+            if name.endswith(".gguf") and not _GGUF_PART.search(name) and not name.lower().startswith(_PROJECTOR)
+        )
+    )
+
+
+def _whole_ggufs(files: Mapping[str, os.DirEntry[str]]) -> tuple[str, ...]:
+    return tuple(name for name in _ggufs(files) if _size(files[name].path) > 0)
+
+
+def _is_whole(path: str, files: Mapping[str, os.DirEntry[str]], file_format: FileFormat) -> bool:
+    """Whether the weights in this format are there, by their names and sizes."""
+    single, index = WEIGHT_FILES[file_format]
+    if single in files:
+        return _size(files[single].path) > 0
+    if index in files:
+        return _shards_are_there(path, index)
+    if file_format != "safetensors" or not any(
+        name.endswith((".safetensors", ".safetensors.index.json")) for name in files
+    ):
+        return False
+    named = _json_value(os.path.join(path, "config.json"), "transformers_weights")
+    if not isinstance(named, str) or named not in files:
+        return False
+    return _shards_are_there(path, named) if named.endswith(".index.json") else _size(files[named].path) > 0
 
 
 def _shards_are_there(path: str, index: str) -> bool:
-    """Whether every file that the index names is there. An index that cannot be read is for loading to explain."""
+    """Whether every file that the index names is there.
+
+    An index that is damaged, or names files outside the folder, is offered: its error says why it does not load.
+    """
+    file = os.path.join(path, index)
+    if _size(file) == 0:
+        return False
+    weight_map = _json_value(file, "weight_map")
     try:
-        with open(os.path.join(path, index), "rb") as file:
-            names = set(json.load(file)["weight_map"].values())
-        return all(_size(os.path.join(path, name)) > 0 for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        return all(_size(os.path.join(path, safe_name(Path(path), index, name))) > 0 for name in names)
+    except (TypeError, UnsafeCheckpoint):
         return True
 
 
+def _json_value(path: str, key: str) -> object:
+    try:
+        with open(path, "rb") as file:
+            data = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data.get(key) if isinstance(data, dict) else None
+
+
 def _size(path: str) -> int:
+    """The bytes of a file; 0 where there is none, as behind a link whose target is not there yet."""
     try:
         return os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):
         return 0
