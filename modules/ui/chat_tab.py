@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -202,8 +203,6 @@ def _answer(
 
 
 def _line(text: str) -> str:
-    from html import escape
-
     return f'<div class="small">{escape(text) or "&nbsp;"}</div>'
 
 
@@ -228,20 +227,19 @@ def _done_words(done: Done | None, snapshot: Snapshot) -> str:
 
 
 def _send(
-    tab: ChatTab, service: Service, stops: Stops, text: str, history: History, *raw: Any, request: gr.Request
+    tab: ChatTab, service: Service, stops: Stops, session: str, text: str, history: History, raw: tuple[Any, ...]
 ) -> Iterator[list[Any]]:
     if not text.strip():
         yield [gr.skip()] * 5
         return
     if service.snapshot().loaded is None:
-        yield [gr.skip()] * 4 + [_line("No model is loaded. Load one on the Model tab first.")]
+        yield [*[gr.skip()] * 4, _line("No model is loaded. Load one on the Model tab first.")]
         return
-    messages = [*_plain(history), {"role": "user", "content": text}]
-    yield from _answer(tab, service, stops, messages, raw, request.session_hash or "")
+    yield from _answer(tab, service, stops, [*_plain(history), {"role": "user", "content": text}], raw, session)
 
 
 def _again(
-    tab: ChatTab, service: Service, stops: Stops, history: History, *raw: Any, request: gr.Request
+    tab: ChatTab, service: Service, stops: Stops, session: str, history: History, raw: tuple[Any, ...]
 ) -> Iterator[list[Any]]:
     """Answer the last message of the user once more."""
     messages = _plain(history)
@@ -250,20 +248,19 @@ def _again(
     if not messages:
         yield [gr.skip()] * 5
         return
-    yield from _answer(tab, service, stops, messages, raw, request.session_hash or "")
+    yield from _answer(tab, service, stops, messages, raw, session)
 
 
 def _edited(
-    tab: ChatTab, service: Service, stops: Stops, history: History, *raw: Any, edit: gr.EditData, request: gr.Request
-) -> Iterator[list[Any]]:
+    tab: ChatTab, service: Service, stops: Stops, session: str, history: History, raw: tuple[Any, ...],
+    index: int, text: str,
+) -> Iterator[list[Any]]:  # fmt: skip
     """A message was edited: an edited question is answered anew, an edited answer stays as it is."""
     messages = _plain(history)
-    index = int(edit.index[0] if isinstance(edit.index, list | tuple) else edit.index)
     if messages[index]["role"] != "user":
         yield [gr.skip()] * 5
         return
-    messages = [*messages[:index], {"role": "user", "content": str(edit.value)}]
-    yield from _answer(tab, service, stops, messages, raw, request.session_hash or "")
+    yield from _answer(tab, service, stops, [*messages[:index], {"role": "user", "content": text}], raw, session)
 
 
 def _take_back(history: History) -> tuple[History, str]:
@@ -286,14 +283,16 @@ def wire(tab: ChatTab, service: Service, stops: Stops) -> None:
     """Connect the tab's widgets to the service."""
     answer: dict[str, Any] = {"concurrency_limit": None, **QUIET}
 
-    def send(text: str, history: History, *raw: Any, request: gr.Request) -> Iterator[list[Any]]:
-        yield from _send(tab, service, stops, text, history, *raw, request=request)
+    # Gradio fills in arguments by their annotation, wherever they stand before the inputs.
+    def send(request: gr.Request, text: str, history: History, *raw: Any) -> Iterator[list[Any]]:
+        yield from _send(tab, service, stops, request.session_hash or "", text, history, raw)
 
-    def again(history: History, *raw: Any, request: gr.Request) -> Iterator[list[Any]]:
-        yield from _again(tab, service, stops, history, *raw, request=request)
+    def again(request: gr.Request, history: History, *raw: Any) -> Iterator[list[Any]]:
+        yield from _again(tab, service, stops, request.session_hash or "", history, raw)
 
-    def edited(history: History, *raw: Any, edit: gr.EditData, request: gr.Request) -> Iterator[list[Any]]:
-        yield from _edited(tab, service, stops, history, *raw, edit=edit, request=request)
+    def edited(edit: gr.EditData, request: gr.Request, history: History, *raw: Any) -> Iterator[list[Any]]:
+        index = int(edit.index[0] if isinstance(edit.index, list | tuple) else edit.index)
+        yield from _edited(tab, service, stops, request.session_hash or "", history, raw, index, str(edit.value))
 
     def stop(request: gr.Request) -> None:
         stops.stop(request.session_hash or "")
