@@ -5,6 +5,7 @@ Started with the command line ``fake_worker.py [TAG=…] [FAULT …]``; the faul
 ================  =======================================================
 never-listen      says nothing, for ever
 exit=N            exits with status N before it listens
+fail-warm         says that its imports failed
 die-warm          says that it is warm, then exits with status 7
 ignore-term       ignores SIGTERM from the beginning
 ================  =======================================================
@@ -13,7 +14,7 @@ What a load does stands in the order's name, as words set apart by spaces; other
 
 ================  =======================================================
 hang              never gets ready
-slow              100 steps of progress, 20 ms each
+steps=N           N steps of progress, 20 ms each; ``slow`` is steps=100
 signal=NAME       dies by that signal while it loads
 exit=N            exits with status N while it loads
 fail              answers Failed(OutOfMemory)
@@ -41,7 +42,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from modules.errors import LoadstoneError, OutOfMemory, RequestTooLong, UnsupportedModel
+from modules.errors import LoadstoneError, MissingPackage, OutOfMemory, RequestTooLong, UnsupportedModel
 from modules.protocol import (
     COUNT,
     GENERATE,
@@ -121,8 +122,9 @@ def load(order: LoadOrder) -> None:
     die(words)
     if "hang" in words:
         forever()
-    for step in range(100 if "slow" in words else 0):
-        say(Progress("reading", step, 100, "bytes"))
+    steps = 100 if "slow" in words else int(value_of(words, "steps") or 0)
+    for step in range(steps):
+        say(Progress("reading", step, steps, "bytes"))
         time.sleep(0.02)
     if "fail" in words:
         say(Failed(OutOfMemory("The fake GPU is full.", fix={"load_in_4bit": True})))
@@ -238,7 +240,9 @@ def main() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     say(Listening(os.getpid(), server.server_address[1]))
-    if hello.imports:
+    if hello.imports and "fail-warm" in words:
+        say(Failed(MissingPackage("torch is missing.")))
+    elif hello.imports:
         say(Warm(0.0))
         if "die-warm" in words:
             os._exit(7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,7 +15,9 @@ from modules.errors import Busy, NothingLoaded
 from modules.supervisor import State
 from tests.supervised import Supervised, order, prompt, supervised, text_of, until
 
-NAMES = st.sampled_from(["good", "other", "slow", "hang", "fail", "exit=3", "signal=SIGSEGV", "ignore-term", "refuse"])
+NAMES = st.sampled_from(
+    ["good", "other", "steps=10", "hang", "fail", "exit=3", "signal=SIGSEGV", "ignore-term", "refuse"]
+)
 
 
 class Sequences(RuleBasedStateMachine):
@@ -41,7 +44,7 @@ class Sequences(RuleBasedStateMachine):
         self._one.supervisor.load(order(name), beside=beside)
         self.come_to_rest()
         snapshot = self._one.supervisor.snapshot()
-        if name in ("good", "other", "slow", "ignore-term"):
+        if name in ("good", "other", "steps=10", "ignore-term"):
             assert snapshot.loaded is not None
             assert (snapshot.state, snapshot.loaded.order.name) == (State.READY, name)
         else:
@@ -64,8 +67,12 @@ class Sequences(RuleBasedStateMachine):
         for pid in sorted(self._one.pids())[which : which + 1]:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            children = self._one.supervisor._owner.children
-            until(lambda pid=pid, children=children: pid not in {child.pid for child in set(children)}, "its end")
+            until(partial(self._has_seen_the_end_of, pid), "the process's end")
+
+    def _has_seen_the_end_of(self, pid: int) -> bool:
+        owner = self._one.supervisor._owner
+        with owner.changed:
+            return pid not in {child.pid for child in owner.children}
 
     @rule()
     def reload(self) -> None:
@@ -106,6 +113,6 @@ class Sequences(RuleBasedStateMachine):
 
 
 Sequences.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestSequences = Sequences.TestCase

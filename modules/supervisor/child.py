@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import site
 import subprocess
 import threading
 import time
@@ -47,6 +48,17 @@ def environment() -> dict[str, str]:
     return {**own, **_SET, "PYTHONPATH": path}
 
 
+def packages_changed_since(moment: float) -> bool:
+    """Whether a package was installed or removed since then, in seconds since the epoch: its folder tells."""
+    for folder in site.getsitepackages():
+        try:
+            if os.stat(folder).st_mtime > moment:
+                return True
+        except OSError:
+            continue  # Python names folders that need not be there
+    return False
+
+
 class Child:
     """A worker from its start to its end. ``on_event`` and ``on_exit`` are called on threads of its own.
 
@@ -69,6 +81,7 @@ class Child:
         self.warm = False
         self.outcome: Ready | Failed | None = None
         self._on_event, self._on_exit = on_event, on_exit
+        self.started = time.time()
         self._secret = secrets.token_urlsafe(32)
         self._signals = threading.Lock()  # none may be sent after the number was given back
         self._reaped = False

@@ -91,8 +91,7 @@ class Load:
         owner = self._owner
         with owner.changed:
             owner.refuse_cancelled(self._job)
-            warm, owner.warm = owner.warm, None
-            self._job.child = owner.spoken_of = warm
+            self._job.child = owner.spoken_of = warm = owner.take_warm()
         if warm is not None:
             try:
                 return self._give_to(warm, order)

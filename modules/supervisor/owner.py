@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.errors import Busy, Cancelled, LoadstoneError, WorkerCrashed, WorkerTimeout
-from modules.protocol import Event, Progress
-from modules.supervisor.child import Child
+from modules.protocol import Event, Failed, Progress
+from modules.supervisor.child import Child, packages_changed_since
 from modules.supervisor.state import LOAD_STATES, Loaded, Record, State
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,14 @@ class Owner:
             self.record.note(f"No worker waits warm: {error.message}")
         self.change()
 
+    def take_warm(self) -> Child | None:
+        """The worker that waits, if it can still be used; what it is used for is the caller's."""
+        warm, self.warm = self.warm, None
+        if warm is not None and packages_changed_since(warm.started):
+            warm.ask_to_end()  # it would not see a package that has just been installed
+            return None
+        return warm
+
     def detach(self) -> Child | None:
         """The worker whose model answers no more from now on; the caller ends it, without the lock."""
         child, self.child = self.child, None
@@ -131,7 +139,11 @@ class Owner:
 
     def _on_event(self, child: Child, event: Event | None) -> None:
         with self.changed:
-            if isinstance(event, Progress) and self.job is not None and self.job.child is child:
+            if isinstance(event, Failed) and child is self.warm:
+                self.warm = None  # its imports failed; what to mend can be mended before the next load
+                self.note_warm_death(event.error)
+                child.ask_to_end()
+            elif isinstance(event, Progress) and self.job is not None and self.job.child is child:
                 self.record.advance(event)
                 self.changed.notify_all()
             elif event is not None or child is self.spoken_of:
