@@ -19,6 +19,6 @@ bin=.venv/bin
 $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
-$bin/lint-imports
+PYTHONPATH=. $bin/lint-imports --no-cache >/dev/null || PYTHONPATH=. $bin/lint-imports
 $bin/python -m tests.readme --check
 exec $bin/python -m pytest "$@"
