@@ -22,7 +22,8 @@ from modules.options import (
 from modules.options.server import GROUPS as SERVER_GROUPS
 
 _TITLES: Mapping[str, str] = {**GROUPS, "generation": "Generation", **SERVER_GROUPS}
-_ALL: Mapping[str, Spec] = {**LOAD_OPTIONS, **GENERATION_OPTIONS, **SERVER_OPTIONS, **COMMAND_OPTIONS}
+_TABLES: tuple[Mapping[str, Spec], ...] = (LOAD_OPTIONS, GENERATION_OPTIONS, SERVER_OPTIONS, COMMAND_OPTIONS)
+_ALL: Mapping[str, Spec] = {name: spec for table in _TABLES for name, spec in table.items()}
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def parse(argv: Sequence[str]) -> Parsed | Help:
         return Help(parser.format_help())
     if unknown:
         raise _unknown(unknown[0])
-    values = {name: _ALL[name].parse(value) for name, value in vars(given).items()}
-    return Parsed(
-        *({name: value for name, value in values.items() if name in table} for table in _TABLES),
-    )
+    values = {name: _value(_ALL[name], value) for name, value in vars(given).items()}
+    return Parsed(*({name: value for name, value in values.items() if name in table} for table in _TABLES))
 
 
-_TABLES: tuple[Mapping[str, Spec], ...] = (LOAD_OPTIONS, GENERATION_OPTIONS, SERVER_OPTIONS, COMMAND_OPTIONS)
+def _value(spec: Spec, words: Any) -> Any:
+    # Several words of numbers may themselves be lists, "10,6"; a name may hold spaces and stays as it is.
+    return spec.parse(" ".join(words) if spec.kind == "numbers" else words)
 
 
 def _unknown(word: str) -> OptionError:
@@ -100,21 +101,23 @@ def _parser() -> _Parser:
 
 def _spellings(spec: Spec) -> list[str]:
     """The flag as people know it first, then the other spelling."""
-    other = spec.flag.replace("_", "-")
-    other = other if other != spec.flag else "--" + spec.flag[2:].replace("-", "_")
-    return list(dict.fromkeys([spec.flag, other]))
+    return _both_ways(spec.flag)
+
+
+def _both_ways(flag: str) -> list[str]:
+    return list(dict.fromkeys([flag, flag.replace("_", "-"), "--" + flag[2:].replace("-", "_")]))
 
 
 def _add(group: argparse._ArgumentGroup, spec: Spec) -> None:
     spellings, text = _spellings(spec), _help(spec)
     if spec.kind == "flag":
-        off = [f"--no{flag[1:]}" if "_" not in flag else f"--no_{flag[2:]}" for flag in spellings]
+        off = _both_ways(f"--no{'_' if '_' in spec.flag else '-'}{spec.flag[2:]}")
         on_help, off_help = (argparse.SUPPRESS, text) if spec.default else (text, argparse.SUPPRESS)
         group.add_argument(*spellings, dest=spec.name, action="store_true", help=on_help)
         group.add_argument(*off, dest=spec.name, action="store_false", help=off_help)
         return
-    nargs = {"nargs": "+"} if spec.kind in ("numbers", "names") else {}
-    rest: dict[str, Any] = {"dest": spec.name, "metavar": _metavar(spec), "help": text, **nargs}
+    several = {"numbers": {"nargs": "+"}, "names": {"nargs": "+", "action": "extend"}}.get(spec.kind, {})
+    rest: dict[str, Any] = {"dest": spec.name, "metavar": _metavar(spec), "help": text, **several}
     group.add_argument(*spellings, **rest)
 
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
-import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import yaml
 
-from modules.errors import LoadstoneError, SettingsError
-from modules.options import COMMAND_OPTIONS, GENERATION_OPTIONS, LOAD_OPTIONS, SERVER_OPTIONS, LoadOptions, Spec, find
+from modules.errors import CustomCodeRefused, DiskFull, LoadstoneError, SettingsError
+from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS, PRECISIONS, SERVER_OPTIONS, LoadOptions, Spec, find
 from modules.options.loader import EXCLUSIVE
+from modules.settings.legacy import FILE_NAME as LEGACY_FILE_NAME
+from modules.settings.legacy import ImportPlan, plan_import
+
+__all__ = ["CodeApprovals", "ImportPlan", "Resolved", "Settings", "read_values", "resolve", "write_whole"]
 
 T = TypeVar("T")
 _CODE_VERSION = 1
-# Names of text-generation-webui's settings that differ from ours: (our name, what its value becomes).
-_LEGACY = {"n_ctx": "ctx_size", "max_seq_len": "ctx_size", "truncation_length": "ctx_size"}
+_FLAGS_ONLY = ("model", "home", "settings")  # they say what to load, or where settings.yaml lies
+# What settings.yaml may hold.
+FILE_OPTIONS: Mapping[str, Spec] = {
+    name: spec
+    for name, spec in {**LOAD_OPTIONS, **GENERATION_OPTIONS, **SERVER_OPTIONS}.items()
+    if name not in _FLAGS_ONLY
+}
 
 
 @dataclass(frozen=True)
@@ -35,21 +46,29 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved[LoadOpt
     """Lay the layers over the table's defaults, the last one on top. Raises OptionError.
 
     Where a layer turns on one of two options that exclude each other, the other one, if a lower layer turned
-    it on, goes off: a person who ticks 4-bit means instead of the saved 8-bit. Within one layer it stays a
-    contradiction, which :func:`modules.options.check` refuses.
+    it on, goes off: a person who ticks 4-bit means instead of the saved 8-bit. The same goes for the states of
+    the one control of precision. Within one layer it stays a contradiction, which
+    :func:`modules.options.check` refuses.
     """
     values: dict[str, Any] = {}
     origin = dict.fromkeys(LOAD_OPTIONS, "default")
     for layer, given in layers:
         parsed = {(spec := find(LOAD_OPTIONS, name)).name: spec.parse(value) for name, value in given.items()}
-        for one, other, _ in EXCLUSIVE:
-            for winner, loser in ((one, other), (other, one)):
-                if _on(parsed, winner) and loser not in parsed and _on(values, loser):
-                    del values[loser]
-                    origin[loser] = "default"
+        for winner, loser in _alternatives():
+            if _on(parsed, winner) and loser not in parsed and _on(values, loser):
+                del values[loser]
+                origin[loser] = "default"
         values.update(parsed)
         origin.update(dict.fromkeys(parsed, layer))
     return Resolved(LoadOptions(**values), origin)
+
+
+def _alternatives() -> Iterator[tuple[str, str]]:
+    """Each pair of options of which a person wants one, both ways round."""
+    for one, other, _ in EXCLUSIVE:
+        yield from ((one, other), (other, one))
+    precisions = {name for values in PRECISIONS.values() for name in values}
+    yield from itertools.permutations(sorted(precisions), 2)
 
 
 def _on(values: Mapping[str, Any], name: str) -> bool:
@@ -63,21 +82,13 @@ class CodeFileLike(Protocol):
     def sha256(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class ImportPlan:
-    """What an import would save: values by model; ``left_out``: what is not understood, in words."""
-
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-
-
 class Settings:
     """settings.yaml and the saved settings of each model. Reading the first raises SettingsError."""
 
     def __init__(self, file: Path, saved_dir: Path) -> None:
         self.file = file
         self.saved_dir = saved_dir
-        values = read_values(file, {**LOAD_OPTIONS, **GENERATION_OPTIONS, **SERVER_OPTIONS, **COMMAND_OPTIONS})
+        values = read_values(file, FILE_OPTIONS)
         self.load_values = {name: value for name, value in values.items() if name in LOAD_OPTIONS}
         self.generation_values = {name: value for name, value in values.items() if name in GENERATION_OPTIONS}
         self.server_values = {name: value for name, value in values.items() if name in SERVER_OPTIONS}
@@ -95,7 +106,10 @@ class Settings:
             return {}, f"The saved settings are ignored: {error.message}"
 
     def save(self, model_name: str, values: Mapping[str, Any]) -> Path:
-        """Write the values for this model, whole or not at all; the file. Nothing to keep removes the file."""
+        """Write the values for this model, whole or not at all; the file. Raises OptionError, DiskFull, SettingsError.
+
+        Nothing to keep leaves a file too: it says that there is nothing to import for this model.
+        """
         path = self.path_of(model_name)
         parsed = {(spec := find(LOAD_OPTIONS, name)).name: spec.parse(value) for name, value in values.items()}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in parsed.items()}
@@ -109,66 +123,14 @@ class Settings:
 
     def importable(self, model_names: Sequence[str]) -> ImportPlan:
         """What text-generation-webui's config-user.yaml in the folder would give models that have nothing saved."""
-        try:
-            data = yaml.safe_load((self.saved_dir / "config-user.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            return ImportPlan()
-        if not isinstance(data, Mapping):
-            return ImportPlan()
-        values, left_out = {}, []
-        for name in model_names:
-            if self.path_of(name).exists():
-                continue
-            merged: dict[str, Any] = {}
-            for pattern, entry in data.items():
-                if isinstance(entry, Mapping) and _matches(str(pattern), name):
-                    merged.update(entry)
-            understood, unknown = _from_legacy(merged)
-            if understood:
-                values[name] = understood
-            left_out += [f"{name}: {key}" for key in unknown]
-        return ImportPlan(values, tuple(left_out))
+        fresh = [name for name in model_names if not self.path_of(name).exists()]
+        return plan_import(self.saved_dir / LEGACY_FILE_NAME, fresh)
 
     def import_legacy(self, plan: ImportPlan) -> None:
         """Save what the plan holds. A file that appeared meanwhile is not overwritten."""
         for name, values in plan.values.items():
             if not self.path_of(name).exists():
                 self.save(name, values)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Its keys are regular expressions over the lower-case name; most are a name with ``$``."""
-    try:
-        return re.match(pattern.lower(), name.lower()) is not None
-    except re.error:
-        return pattern.rstrip("$").lower() == name.lower()
-
-
-def _from_legacy(entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Our values from its keys, and the keys that mean nothing here. Defaults are left out."""
-    values: dict[str, Any] = {}
-    unknown: list[str] = []
-    gpu = {key: entry[key] for key in sorted(entry) if re.fullmatch(r"gpu_memory_\d+", str(key))}
-    if any(gpu.values()):
-        values["gpu_memory"] = [float(value or 0) / (1024 if float(value or 0) > 512 else 1) for value in gpu.values()]
-    for key, value in entry.items():
-        if key in gpu or key in ("loader", "model"):
-            continue
-        if key in ("no_use_fast", "use_flash_attention_2"):
-            if value:
-                values.update(
-                    {"use_fast": False} if key == "no_use_fast" else {"attn_implementation": "flash_attention_2"}
-                )
-            continue
-        name = _LEGACY.get(str(key), str(key))
-        try:
-            parsed = find(LOAD_OPTIONS, name).parse(value)
-        except LoadstoneError:
-            unknown.append(str(key))
-            continue
-        if parsed != LOAD_OPTIONS[name].default:
-            values[name] = parsed
-    return values, unknown
 
 
 # --- files ---
@@ -185,36 +147,51 @@ def read_values(path: Path, table: Mapping[str, Spec]) -> dict[str, Any]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise SettingsError(f"{path.name} is not YAML: {' '.join(str(error).split())}.") from None
     if data is None:
         return {}
     if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
         raise SettingsError(f"{path.name} must hold lines of the form name: value.")
     lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-    values = {}
-    for name, value in data.items():
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        where = f"{path.name}, line {lines.get(str(key), 1)}"
+        if key in _FLAGS_ONLY and key not in table:
+            raise SettingsError(f"{where}: {key} can only be given on the command line.", "Remove the line.")
         try:
-            spec = find(table, str(name))
-            values[spec.name] = spec.parse(value)
+            spec = find(table, str(key))
+            parsed = spec.parse(value)
         except LoadstoneError as error:
-            raise SettingsError(f"{path.name}, line {lines.get(str(name), 0)}: {error.message}", error.hint) from None
+            raise SettingsError(f"{where}: {error.message}", error.hint) from None
+        if spec.name in values:  # load-in-4bit and load_in_4bit
+            raise SettingsError(f"{where}: {key} is set twice.", "Remove one of the two lines.")
+        values[spec.name] = parsed
     return values
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that at any moment either the old or the new one is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file so that at any moment either the old or the new one is there, whole.
+
+    Raises DiskFull, or SettingsError where the folder cannot be written.
+    """
+    temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary = ""
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"There is no space to write {path.name}.") from None
+        raise SettingsError(f"{path.name} cannot be written: {error.strerror}.", "Check the permissions.") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 class CodeApprovals:
@@ -222,18 +199,34 @@ class CodeApprovals:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._lock = threading.Lock()  # two yeses at a time: neither is lost
 
     def allowed(self, model_name: str, code_files: Sequence[CodeFileLike]) -> bool:
         """Whether these very files were allowed. Changed, added or removed ones ask again."""
-        return bool(code_files) and self._read().get(model_name) == {file.name: file.sha256 for file in code_files}
+        return _all_seen(code_files) and self._read().get(model_name) == _hashes(code_files)
 
     def allow(self, model_name: str, code_files: Sequence[CodeFileLike]) -> None:
-        models = {**self._read(), model_name: {file.name: file.sha256 for file in code_files}}
-        write_whole(self._file, json.dumps({"version": _CODE_VERSION, "models": models}, indent=1))
+        """Keep the yes. Raises CustomCodeRefused for code that lies in another repository: it may change."""
+        if foreign := [file.name for file in code_files if not file.sha256]:
+            raise CustomCodeRefused(
+                f"{model_name} runs code that is not in its folder: {', '.join(foreign)}.",
+                "Download that code into the model's folder, or use --trust-remote-code.",
+            )
+        with self._lock:
+            models = {**self._read(), model_name: _hashes(code_files)}
+            write_whole(self._file, json.dumps({"version": _CODE_VERSION, "models": models}, indent=1))
 
     def _read(self) -> dict[str, Any]:
         try:
             data = json.loads(self._file.read_text(encoding="utf-8"))
             return dict(data["models"]) if data.get("version") == _CODE_VERSION else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
+
+
+def _hashes(code_files: Sequence[CodeFileLike]) -> dict[str, str]:
+    return {file.name: file.sha256 for file in code_files}
+
+
+def _all_seen(code_files: Sequence[CodeFileLike]) -> bool:
+    return bool(code_files) and all(file.sha256 for file in code_files)

@@ -1,0 +1,116 @@
+"""Reading the per-model settings of text-generation-webui (``models/config-user.yaml``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modules.errors import LoadstoneError
+from modules.options import LOAD_OPTIONS, find
+
+FILE_NAME = "config-user.yaml"
+# Its names that are not ours: our name, and the value that stands for what it says.
+_RENAMED: Mapping[str, str] = dict.fromkeys(("n_ctx", "max_seq_len", "truncation_length"), "ctx_size")
+_SWITCHES: Mapping[str, tuple[str, Any]] = {
+    "no_use_fast": ("use_fast", False),
+    "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),
+    "use_eager_attention": ("attn_implementation", "eager"),
+}
+_MEANINGLESS = frozenset({"loader", "model", "model_type"})  # what the loader is, is read from the files here
+_NOT_TAKEN = frozenset({"trust_remote_code"})  # somebody must say yes to the very files
+_LARGEST_GIB = 512  # it wrote MiB in some versions and GiB in others; a number above this is MiB
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """What an import would save: values by model; ``left_out``: what is not understood, in words."""
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def plan_import(file: Path, model_names: Sequence[str]) -> ImportPlan:
+    """What ``file`` would give these models. Empty where there is no file; never raises for what it holds."""
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ImportPlan()
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return ImportPlan(left_out=(f"{file.name} cannot be read.",))
+    if not isinstance(data, Mapping):
+        return ImportPlan()
+    values: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
+    for name in model_names:
+        understood, unknown = _translated(_entry_for(data, name))
+        if understood:
+            values[name] = understood
+        left_out += [f"{name}: {key}" for key in unknown]
+    return ImportPlan(values, tuple(left_out))
+
+
+def _entry_for(data: Mapping[Any, Any], name: str) -> dict[str, Any]:
+    """What all matching entries say, later ones over earlier ones."""
+    merged: dict[str, Any] = {}
+    for pattern, entry in data.items():
+        if isinstance(entry, Mapping) and _matches(str(pattern), name):
+            merged.update({str(key): value for key, value in entry.items()})
+    return merged
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Its keys are regular expressions over the lower-case name, most a name with ``$``; it writes org_name."""
+    forms = {name.lower(), name.lower().replace("/", "_")}
+    try:
+        return any(re.match(pattern.lower(), form) for form in forms)
+    except (re.error, RecursionError):
+        return pattern.removesuffix("$").lower() in forms
+
+
+def _translated(entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Our values from its keys, and the keys that are set and mean nothing here. Defaults are left out."""
+    values: dict[str, Any] = {}
+    unknown: list[str] = []
+    gpu_keys = sorted((key for key in entry if re.fullmatch(r"gpu_memory_\d{1,3}", key)), key=_number_of)
+    gpu_memory = [_gib(entry[key]) for key in gpu_keys]
+    if any(gpu_memory) and None not in gpu_memory:
+        values["gpu_memory"] = tuple(gpu_memory)
+    for key, value in entry.items():
+        if key in _MEANINGLESS or key in gpu_keys or value in (None, False, "", "None", 0):
+            continue
+        try:
+            name, parsed = _value(key, value)
+        except LoadstoneError:
+            unknown.append(key)
+            continue
+        if parsed != LOAD_OPTIONS[name].default:
+            values[name] = parsed
+    if not values.get("load_in_4bit"):  # it always writes its own defaults for these, which would only be remarked on
+        values = {name: value for name, value in values.items() if LOAD_OPTIONS[name].group != "4-bit"}
+    return values, unknown
+
+
+def _value(key: str, value: Any) -> tuple[str, Any]:
+    """Our option and its value. Raises OptionError for what is not understood."""
+    if key in _SWITCHES:
+        return _SWITCHES[key]
+    spec = find({} if key in _NOT_TAKEN else LOAD_OPTIONS, _RENAMED.get(key, key))
+    return spec.name, spec.parse(_gib(value) if spec.unit == "GiB" else value)
+
+
+def _number_of(key: str) -> int:
+    return int(key.rsplit("_", 1)[1])
+
+
+def _gib(value: Any) -> float | None:
+    """GiB from a number of GiB or MiB; None for what is no number."""
+    try:
+        number = float(value or 0)
+    except (TypeError, ValueError):
+        return None
+    return round(number / 1024, 3) if number > _LARGEST_GIB else number
