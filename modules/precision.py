@@ -1,0 +1,35 @@
+"""Which dtype the weights that are not quantized get: one rule for the plan before a load and for the load itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from modules.options import LoadOptions
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def weights_dtype(
+    options: LoadOptions, *, stored: str, prequantized: bool, gpus: int, gpu_bf16: bool = True
+) -> tuple[str, tuple[str, ...]]:
+    """The dtype's name, with notes on a choice that the options do not show.
+
+    ``stored``: the checkpoint's dtype by name, ``""`` = not known. ``prequantized``: it holds packed weights that
+    stay packed (not GGUF, which is unpacked). ``gpus``: how many the options let the model touch; ``gpu_bf16``:
+    whether they compute in bfloat16.
+    """
+    if gpus == 0:
+        if prequantized:
+            return (stored if stored in DTYPE_BYTES else "bfloat16"), ()
+        if options.bf16 or options.load_in_4bit or options.load_in_8bit:
+            return "bfloat16", _without_gpu(options)
+        return "float32", _without_gpu(options, ", in float32; bf16 halves the memory")
+    if options.bf16 and not prequantized:
+        return "bfloat16", ()
+    if stored == "bfloat16" and gpu_bf16:
+        return "bfloat16", ("The checkpoint is bfloat16 and the GPU has it, so the weights are kept as bfloat16.",)
+    return "float16", ()
+
+
+def _without_gpu(options: LoadOptions, more: str = "") -> tuple[str, ...]:
+    return () if options.cpu else (f"No GPU that can be used was found: the model runs on the CPU{more}.",)
