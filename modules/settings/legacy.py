@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ _SWITCHES: Mapping[str, tuple[str, Any]] = {
 }
 _MEANINGLESS = frozenset({"loader", "model", "model_type"})  # what the loader is, is read from the files here
 _NOT_TAKEN = frozenset({"trust_remote_code"})  # somebody must say yes to the very files
-_LARGEST_GIB = 512  # it wrote MiB in some versions and GiB in others; a number above this is MiB
+_LARGEST_GIB = 512  # it wrote MiB in some versions and GiB in others; a number above this was MiB
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ def _translated(entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     unknown: list[str] = []
     gpu_keys = sorted((key for key in entry if re.fullmatch(r"gpu_memory_\d{1,3}", key)), key=_number_of)
-    gpu_memory = [_gib(entry[key]) for key in gpu_keys]
-    if any(gpu_memory) and None not in gpu_memory:
-        values["gpu_memory"] = tuple(gpu_memory)
+    entry = _in_gib(entry, [*gpu_keys, "cpu_memory"])
+    if any(entry[key] for key in gpu_keys):
+        entry = {**entry, "gpu_memory": [entry[key] or 0 for key in gpu_keys]}
     for key, value in entry.items():
         if key in _MEANINGLESS or key in gpu_keys or value in (None, False, "", "None", 0):
             continue
         try:
-            name, parsed = _value(key, value)
+            name, parsed = _parsed(key, value)
         except LoadstoneError:
             unknown.append(key)
             continue
@@ -95,22 +96,30 @@ def _translated(entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, unknown
 
 
-def _value(key: str, value: Any) -> tuple[str, Any]:
+def _parsed(key: str, value: Any) -> tuple[str, Any]:
     """Our option and its value. Raises OptionError for what is not understood."""
     if key in _SWITCHES:
         return _SWITCHES[key]
     spec = find({} if key in _NOT_TAKEN else LOAD_OPTIONS, _RENAMED.get(key, key))
-    return spec.name, spec.parse(_gib(value) if spec.unit == "GiB" else value)
+    return spec.name, spec.parse(value)
 
 
 def _number_of(key: str) -> int:
     return int(key.rsplit("_", 1)[1])
 
 
-def _gib(value: Any) -> float | None:
-    """GiB from a number of GiB or MiB; None for what is no number."""
+def _in_gib(entry: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The entry with these sizes as GiB; they are all in one unit, which the largest one gives away."""
+    sizes = {key: _number(entry[key]) for key in keys if key in entry}
+    largest = max((size for size in sizes.values() if size is not None), default=0.0)
+    if largest <= _LARGEST_GIB:
+        return dict(entry)
+    return {**entry, **{key: round(size / 1024, 3) for key, size in sizes.items() if size is not None}}
+
+
+def _number(value: Any) -> float | None:
     try:
         number = float(value or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return round(number / 1024, 3) if number > _LARGEST_GIB else number
+    return number if math.isfinite(number) else None
