@@ -59,7 +59,7 @@ class Spec:
         """``value`` as this option's type. Raises OptionError naming the option, the value and the bound."""
         try:
             parsed: Any = (_gib if self.kind == "number" and self.unit == "GiB" else _PARSERS[self.kind])(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise OptionError(f"{self.flag} takes {self.takes}, not {value!r}.") from None
         self._check_choice(parsed)
         for number in parsed if isinstance(parsed, tuple) else (parsed,):
@@ -140,7 +140,10 @@ def _flag(value: Any) -> bool:
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise TypeError
-    return int(value)
+    number = int(value)
+    if abs(number) >= 2**64:  # no option counts so far, and floats, in which bounds are shown, end at 2**1024
+        raise OverflowError
+    return number
 
 
 def _number(value: Any) -> float:
