@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from modules import packages
 from modules.devices import Machine
-from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage
+from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound
 from modules.library import Library, Model, ModelFacts
 from modules.options import (
     GENERATION_OPTIONS,
@@ -181,6 +181,8 @@ class Service:
 
     def order(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> LoadOrder:
         """The order for one load. Raises what a load would be refused for before it starts."""
+        if not name:
+            raise ModelNotFound("No model is chosen.", "Choose one in the menu.")
         view = self.view(name, form, source)
         if view.problem:
             raise view.problem

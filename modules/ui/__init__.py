@@ -42,14 +42,14 @@ def _follow_state(
 ) -> None:  # fmt: skip
     """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed."""
 
-    def synced(model: str | None, loaded_at: float) -> list[Any]:
+    def synced(loaded_at: float) -> list[Any]:
         snapshot = service.snapshot()
         since = snapshot.loaded.since if snapshot.loaded else 0.0
         mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
         if service.start_error:
-            state = model_tab.refused_updates(service, model or "", service.start_error)
+            state = model_tab.refused_updates(service, service.start_error)
         else:
-            state = model_tab.state_updates(snapshot, model or "")
+            state = model_tab.state_updates(snapshot)
         return [cards.status_line(snapshot), mode, since, *state]
 
     def opened(remembered_model: dict[str, Any], remembered_chat: dict[str, Any]) -> list[Any]:
@@ -61,7 +61,7 @@ def _follow_state(
 
     loaded_at = gr.State(0.0)
     sync.click(
-        synced, [models.model, loaded_at], [line, chat.mode, loaded_at, *models.follows_state],
+        synced, loaded_at, [line, chat.mode, loaded_at, *models.follows_state],
         queue=False, **model_tab.QUIET,
     )  # fmt: skip
     page.load(

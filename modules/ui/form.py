@@ -169,14 +169,11 @@ def _precision_update(view: View, with_values: bool) -> Any:
 
 
 def group_updates(form: Form, view: View) -> list[Any]:
-    """Updates for ``form.groups``: open where something in them differs from the default."""
-    return [
-        gr.update(
-            open=any(
-                getattr(view.options, spec.name) != spec.default and spec.name not in view.reasons
-                for spec in LOAD_OPTIONS.values()
-                if spec.group == group and spec.name in form.fields and not (group in _OPEN_GROUPS and spec.basic)
-            )
-        )
-        for group in form.groups
-    ]
+    """Updates for ``form.groups``: opened where something in them differs from the default; none is closed."""
+
+    def differs(group: str) -> bool:
+        members = [spec for spec in LOAD_OPTIONS.values() if spec.group == group and spec.name in form.fields]
+        folded = [spec for spec in members if not (group in _OPEN_GROUPS and spec.basic)]
+        return any(getattr(view.options, s.name) != s.default and s.name not in view.reasons for s in folded)
+
+    return [gr.update(open=True) if differs(group) else gr.skip() for group in form.groups]

@@ -62,7 +62,7 @@ def build(service: Service) -> ModelTab:
         model = gr.Dropdown(choices=[], label="Model", elem_id="model", scale=4, interactive=True, min_width=220)
         with gr.Row(elem_id="model-buttons", scale=5):
             refresh = gr.Button("⟳", elem_id="refresh", min_width=40)
-            load = gr.Button("Load", variant="primary", elem_id="load", min_width=70, interactive=False)
+            load = gr.Button("Load", variant="primary", elem_id="load", min_width=70)
             unload = gr.Button("Unload", elem_id="unload", min_width=70, interactive=False)
             reload = gr.Button("Reload", elem_id="reload", min_width=70, interactive=False)
             cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=70, visible="hidden")
@@ -111,13 +111,13 @@ def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bo
     ]
 
 
-def state_updates(snapshot: Snapshot, model: str) -> list[Any]:
+def state_updates(snapshot: Snapshot) -> list[Any]:
     """Updates for ``tab.follows_state``."""
     busy = cards.busy(snapshot)
     error = snapshot.error if snapshot.state is State.FAILED else None
     return [
         cards.status_card(snapshot),
-        gr.update(interactive=bool(model) and not busy),
+        gr.update(interactive=not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(visible=True if snapshot.state in (State.STARTING, State.LOADING) else "hidden"),
@@ -150,7 +150,7 @@ def _show_selected(tab: ModelTab, service: Service, model: str | None) -> list[A
     """A model was chosen: its own options, its facts."""
     view = service.view(model or "")
     error = service.start_error
-    state = refused_updates(service, model or "", error) if error else state_updates(service.snapshot(), model or "")
+    state = refused_updates(service, error) if error else state_updates(service.snapshot())
     return [
         *view_updates(tab, service, view, with_values=True),
         *state,
@@ -169,19 +169,19 @@ def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> l
     return view_updates(tab, service, service.view(model or "", values), with_values=False)
 
 
-def _follow(service: Service, model: str | None) -> Iterator[list[Any]]:
+def _follow(service: Service) -> Iterator[list[Any]]:
     """State updates until the load that was just asked for has ended."""
     snapshot = service.snapshot()
     while True:
-        yield state_updates(snapshot, model or "")
+        yield state_updates(snapshot)
         if not cards.busy(snapshot):
             return
         snapshot = service.supervisor.wait(snapshot.version, POLL_S)
 
 
-def refused_updates(service: Service, model: str, error: LoadstoneError) -> list[Any]:
+def refused_updates(service: Service, error: LoadstoneError) -> list[Any]:
     """The card for what was refused before anything was touched: the running model stays as it is."""
-    updates = state_updates(service.snapshot(), model)
+    updates = state_updates(service.snapshot())
     fix, allow = bool(error.fix), isinstance(error, CustomCodeRefused)
     updates[0] = f'<div class="card failed">{cards.error_box(error)}</div>{updates[0]}'
     updates[5] = gr.update(visible=True if fix else "hidden", value=_fix_label(error))
@@ -193,18 +193,18 @@ def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> Iter
     try:
         service.load(model or "", form_values(tab.form, raw))
     except LoadstoneError as error:
-        yield refused_updates(service, model or "", error)
+        yield refused_updates(service, error)
         return
-    yield from _follow(service, model)
+    yield from _follow(service)
 
 
-def _act(service: Service, action: Callable[[], None], model: str | None) -> Iterator[list[Any]]:
+def _act(service: Service, action: Callable[[], None]) -> Iterator[list[Any]]:
     try:
         action()
     except LoadstoneError as error:
-        yield refused_updates(service, model or "", error)
+        yield refused_updates(service, error)
         return
-    yield from _follow(service, model)
+    yield from _follow(service)
 
 
 def _autoload(tab: ModelTab, service: Service, model: str | None, on: bool, *raw: Any) -> Iterator[list[Any]]:
@@ -321,7 +321,7 @@ def wire(tab: ModelTab, service: Service) -> None:
     submits = [field.submit for field in tab.form.widgets if hasattr(field, "submit")]
     gr.on([tab.load.click, *submits], bound[_load], inputs, tab.follows_state, **QUIET)
     for button, action in ((tab.unload, service.unload), (tab.reload, service.reload), (tab.cancel, service.cancel)):
-        button.click(partial(_act, service, action), tab.model, tab.follows_state, **QUIET)
+        button.click(partial(_act, service, action), None, tab.follows_state, **QUIET)
     tab.fix.click(bound[_fixed], inputs, tab.form.widgets, **QUIET).then(
         bound[_load], inputs, tab.follows_state, **QUIET
     )

@@ -16,9 +16,15 @@ LOAD_MS = 90_000
 
 
 def select_model(page: Page, name: str = NAME) -> None:
-    page.locator("#model input").click()
-    page.get_by_role("option", name=name, exact=True).click()
-    expect(page.locator("#load")).to_be_enabled(timeout=10_000)
+    """Choose a model in the menu, as a person would: only if another one is chosen, and look at what it is."""
+    expect(page.locator("#status")).not_to_be_empty()
+    menu = page.locator("#model input")
+    if menu.input_value() != name:
+        page.locator("#summary").evaluate("element => element.innerText = ''")
+        menu.click()
+        page.get_by_role("option", name=name, exact=True).click()
+    expect(page.locator("#summary")).to_contain_text("8k context", timeout=10_000)
+    expect(page.locator("#load")).to_be_enabled()
 
 
 def load(page: Page) -> None:
