@@ -67,9 +67,8 @@ def started(
     try:
         while True:
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
-                    page.read()
-                    break
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).read()
+                break
             if process.poll() is not None or time.perf_counter() - begun > timeout_s:
                 raise RuntimeError(f"{command} did not serve a page")
             time.sleep(0.01)

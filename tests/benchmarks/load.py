@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from modules.demo import NAME
+from modules.demo import DEMO_MODEL as NAME
 from tests.benchmarks.common import (
     FIXTURES,
     Row,

@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import Any
 
-from modules.demo import NAME
+from modules.demo import DEMO_MODEL as NAME
 from tests.benchmarks.common import FIXTURES, Row, bare_script, call, free_port, ratio_row, server_command, started
 from tests.browser import chromium_page
 

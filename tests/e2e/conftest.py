@@ -56,7 +56,7 @@ class Server:
         return self.call("/v1/internal/model/load", {"model_name": name, "args": args, "wait": wait})
 
     def wait_state(self, *states: str, timeout_s: float = WAIT_S) -> dict[str, Any]:
-        return wait_for(lambda: (info := self.info())["state"] in states and info, f"state {states}", timeout_s)
+        return dict(wait_for(lambda: (info := self.info())["state"] in states and info, f"state {states}", timeout_s))
 
     def workers(self) -> list[psutil.Process]:
         """Every worker process of this server, warm or loaded."""

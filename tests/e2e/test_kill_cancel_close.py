@@ -18,7 +18,8 @@ from tests.e2e.test_load_from_the_browser import NAME, ask, select_model
 
 def loaded_worker(server: Server) -> psutil.Process:
     """The one worker; the servers here keep no warm one."""
-    return wait_for(lambda: next(iter(server.workers()), None), "a worker")
+    found: psutil.Process = wait_for(lambda: next(iter(server.workers()), None), "a worker")
+    return found
 
 
 def assert_gone(processes: list[psutil.Process], timeout_s: float) -> None:

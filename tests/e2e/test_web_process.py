@@ -7,6 +7,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_its_own_requests_are_served(quiet_server: Server) -> None:
 
 
 @pytest.mark.parametrize("args", [{"disk_cache_dir": "/tmp/x"}, {"no_such_option": 1}, {"ctx_size": "many"}])
-def test_bad_options_over_http_are_typed_errors(quiet_server: Server, args: dict[str, object]) -> None:
+def test_bad_options_over_http_are_typed_errors(quiet_server: Server, args: dict[str, Any]) -> None:
     status, body = quiet_server.load(NAME, **args)
     assert status == 422
     assert body["error"]["kind"] == "option"
