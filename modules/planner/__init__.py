@@ -1,5 +1,24 @@
 """How much memory a load will take and where each layer goes, decided before anything is loaded. No ML package."""
 
+from modules.planner.checkpoint import Checkpoint, from_facts, read_checkpoint
+from modules.planner.devices import DevicePlan
 from modules.planner.estimate import Estimate, estimate, fits_beside, kv_cache_bytes
+from modules.planner.memory import DEFAULT, Calibration
+from modules.planner.planning import Plan, plan
+from modules.planner.suggestions import Suggestion
 
-__all__ = ["Estimate", "estimate", "fits_beside", "kv_cache_bytes"]
+__all__ = [
+    "DEFAULT",
+    "Calibration",
+    "Checkpoint",
+    "DevicePlan",
+    "Estimate",
+    "Plan",
+    "Suggestion",
+    "estimate",
+    "fits_beside",
+    "from_facts",
+    "kv_cache_bytes",
+    "plan",
+    "read_checkpoint",
+]

@@ -75,15 +75,27 @@ PREFIXES: Mapping[str, str] = {
 
 # The output embedding's module where it is not lm_head.
 HEADS: Mapping[str, str] = {
-    "biogpt": "output_projection", "cpmant": "lm_head", "gpt_neox": "embed_out", "gpt_neox_japanese": "embed_out",
-    "modernbert-decoder": "decoder", "rwkv": "head", "whisper": "proj_out", "xlnet": "lm_loss",
+    **dict.fromkeys(("bert", "big_bird", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer"),
+                    "cls.predictions.decoder"),
+    **dict.fromkeys(("bert-generation", "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
+                     "xlm-roberta-xl", "xmod"), "lm_head.decoder"),
+    "biogpt": "output_projection", "electra": "generator_lm_head", "gpt_neox_japanese": "embed_out",
+    "modernbert-decoder": "decoder", "rwkv": "head", "trocr": "output_projection", "whisper": "proj_out",
+    "xlm": "pred_layer.proj", "xlnet": "lm_loss",
 }  # fmt: skip
 
 # Gemma multiplies its embeddings by a number that lies beside them as a buffer of the model's dtype.
-SCALED_EMBEDDINGS = ("gemma", "t5gemma")
+SCALED_EMBEDDINGS = ("gemma", "t5gemma", "vaultgemma")
 
 # Tensors that files hold and the language model does not: caches of masks and frequencies, draft layers (MTP).
 IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.(attn|attention|crossattention|self_attn)\.(masked_bias|bias)$|(^|\.)mtp(_layers)?\.|"
     r"\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$|(^|\.)(en|de)coder\.version$"
 )
+
+# Models that rotate, and compute the frequencies without keeping them as buffers of one rotary module.
+NO_ROTARY_BUFFERS = frozenset({
+    "codegen", "gptj", "jamba", "kimi_linear", "moshi", "nemotron_h", "recurrent_gemma", "roformer", "zamba",
+})  # fmt: skip
+# … and those whose configuration says by position_embedding_type whether they rotate.
+POSITIONS_BY_CHOICE = frozenset({"granitemoehybrid"})

@@ -1,0 +1,107 @@
+"""What the planner reads of a model: config.json, and its tensors' names, types and shapes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.checkpoint import read_json, weight_files
+from modules.library import ModelFacts
+from modules.library import config as reading
+from modules.library.tensors import TensorInfo, main_dtype, safetensors_tensors
+from modules.protocol import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One model, as far as memory goes. Two are the same only if they are one object: layouts are kept by it."""
+
+    name: str
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)  # empty for .bin files
+    quantization: str = ""  # as stored: "gptq", "awq", "bitsandbytes", "gguf", …; "" = plain weights
+    task: Task = "causal"
+    file_format: str = "safetensors"
+    size_bytes: int = 0  # of the weight files
+    stored_dtype: str = ""  # of most numbers that are not packed: "bfloat16"; "" = not known
+    context_limit: int = 0  # in tokens; 0 = not known
+
+    @property
+    def prequantized(self) -> bool:
+        """Whether packed weights stay packed; those of GGUF files are unpacked while loading."""
+        return bool(self.quantization) and self.file_format != "gguf"
+
+
+_KEPT = 8
+_known: list[tuple[ModelFacts, Checkpoint]] = []
+_lock = threading.Lock()
+
+
+def from_facts(facts: ModelFacts) -> Checkpoint:
+    """The library's facts as the planner takes them: the same object for the same facts, for the last few."""
+    with _lock:
+        for known, checkpoint in _known:
+            if known is facts:
+                return checkpoint
+    made = _from_facts(facts)
+    with _lock:
+        _known.insert(0, (facts, made))
+        del _known[_KEPT:]
+    return made
+
+
+def _from_facts(facts: ModelFacts) -> Checkpoint:
+    return Checkpoint(
+        name=facts.model.name,
+        config=facts.config or _gguf_config(facts),
+        tensors=facts.tensors,
+        quantization=facts.quantization,
+        task=facts.task,
+        file_format=facts.model.file_format,
+        size_bytes=facts.size_bytes,
+        stored_dtype=_stored_dtype(facts.tensors, facts.config),
+        context_limit=facts.context_tokens,
+    )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The safetensors checkpoint in ``folder``. Raises BrokenCheckpoint and its kin, as the library does."""
+    config = read_json(folder / "config.json")
+    files = weight_files(folder, "safetensors")
+    tensors = safetensors_tensors(files)
+    text = reading.text_part(config)
+    return Checkpoint(
+        name=folder.name,
+        config=config,
+        tensors=tensors,
+        quantization=reading.quantization(config, {})[0],
+        task="seq2seq" if config.get("is_encoder_decoder") else "causal",
+        size_bytes=sum(file.stat().st_size for file in files),
+        stored_dtype=_stored_dtype(tensors, config),
+        context_limit=reading.context_tokens(text),
+    )
+
+
+def _stored_dtype(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str:
+    """The dtype of most floating-point numbers, as a loader sees it: by the headers, else by config.json."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in ("F32", "F16", "BF16")}
+    return main_dtype(floats) or reading.dtype(reading.text_part(config))
+
+
+def _gguf_config(facts: ModelFacts) -> dict[str, Any]:
+    """What config.json would say of a GGUF file, from its header."""
+    embedding = facts.tensors.get("token_embd.weight")
+    config: dict[str, Any] = {
+        "model_type": facts.model_type,
+        "num_hidden_layers": facts.layers,
+        "num_attention_heads": facts.kv_heads,
+        "num_key_value_heads": facts.kv_heads,
+        "head_dim": facts.head_dim,
+        "tie_word_embeddings": "output.weight" not in facts.tensors,
+        "hidden_size": embedding.shape[0] if embedding else 0,  # ggml counts the innermost dimension first
+        "vocab_size": embedding.shape[-1] if embedding else 0,
+    }
+    return {**config, "rope_theta": facts.rope_theta} if facts.has_rope else config

@@ -1,0 +1,100 @@
+"""The devices as room for a model: what each may hold at most, and what it holds in a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from modules.devices import Machine
+from modules.options import LoadOptions
+from modules.planner.formats import Classes
+
+GIB = 2**30
+CPU, DISK = "cpu", "disk"
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device before anything is placed. ``cap_bytes`` bounds everything on it; None = no bound (disk)."""
+
+    key: str  # as a device map names it: "0", "cpu", "disk"
+    cap_bytes: int | None
+    working_bytes: int = 0  # where it computes
+    fixed_bytes: int = 0  # where it computes at all; RAM: always
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.key.isdigit()
+
+    @property
+    def weights_room(self) -> int:
+        """What is left for weights and KV cache when the device computes."""
+        assert self.cap_bytes is not None
+        return self.cap_bytes - self.working_bytes - self.fixed_bytes
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What one device holds. ``name``: "GPU 0", "RAM", "disk"; ``key``: its name in a device map."""
+
+    name: str
+    key: str
+    cap_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    working_bytes: int
+    fixed_bytes: int
+    classes: Classes = field(default_factory=Classes)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_cache_bytes + self.working_bytes + self.fixed_bytes
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """Where a model may lie: GPUs in order, then RAM, then the disk. RAM alone computes where there is no GPU."""
+
+    gpus: tuple[Room, ...]
+    ram: Room
+    spill: bool  # whether layers may lie in RAM beside a GPU
+    disk: bool
+
+
+def rooms(
+    machine: Machine,
+    options: LoadOptions,
+    *,
+    working_bytes: int,
+    gpu_fixed_bytes: int,
+    ram_fixed_bytes: int,
+    may_offload: bool,
+    quantizes: bool,
+) -> Rooms:
+    """The room that the options leave on the machine.
+
+    gpu_memory bounds the whole of what a GPU holds. cpu_memory bounds weights, KV cache and working memory; the
+    process itself, which no option makes smaller, comes on top. Neither can give more than is free.
+    """
+    gpus = () if options.cpu else _gpus(machine, options, working_bytes, gpu_fixed_bytes)
+    asked = int(options.cpu_memory * GIB) + ram_fixed_bytes if options.cpu_memory else machine.ram_free_bytes
+    ram = Room(CPU, min(asked, machine.ram_free_bytes), 0 if gpus else working_bytes, ram_fixed_bytes)
+    wanted = bool(options.disk or options.cpu_memory)
+    return Rooms(
+        gpus=gpus,
+        ram=ram,
+        spill=bool(gpus) and may_offload and (wanted or not quantizes),
+        disk=options.disk and may_offload and (bool(gpus) or not quantizes),
+    )
+
+
+def _gpus(machine: Machine, options: LoadOptions, working_bytes: int, fixed_bytes: int) -> tuple[Room, ...]:
+    """A GPU that gpu_memory gives 0, or does not come to, is left out."""
+    found = []
+    for position, gpu in enumerate(machine.gpus):
+        cap = gpu.free_bytes
+        if options.gpu_memory:
+            asked = options.gpu_memory[position] if position < len(options.gpu_memory) else 0.0
+            cap = min(cap, int(asked * GIB))
+        if cap > 0:
+            found.append(Room(str(position), cap, working_bytes, fixed_bytes))
+    return tuple(found)

@@ -1,0 +1,137 @@
+"""What a loaded model needs beside its weights: KV cache, working memory, the process itself. All in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modules.library import config as reading
+from modules.planner.formats import Precision
+from modules.planner.layout import Layout
+from modules.precision import DTYPE_BYTES
+
+Config = Mapping[str, Any]
+_WINDOWED = frozenset({"sliding_attention", "hybrid_sliding", "reference_sliding_attention"})
+_NO_CACHE = frozenset({"conv", "linear_attention", "mamba", "mamba2", "mlp", "moe", "recurrent"})
+# Every n-th layer sees the whole context, where older configurations do not list their layers.
+_FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What cannot be read from a model: measured once, replaced by what this machine's loads show.
+
+    ``hidden_copies`` and ``inner_copies``: how many tensors of tokens × hidden and tokens × intermediate size are
+    alive at the worst point of a prompt's forward pass. ``prompt_tokens``: the longest prompt that is computed in
+    one pass. ``tensors_in_flight``: how many of the largest tensors exist twice while they are loaded.
+    """
+
+    gpu_fixed_bytes: int = 600 * 2**20  # CUDA context, kernels, the allocator's rounding to segments
+    ram_fixed_bytes: int = 900 * 2**20  # a process with torch, transformers and a tokenizer
+    hidden_copies: float = 6.0
+    inner_copies: float = 3.0
+    prompt_tokens: int = 8192
+    tensors_in_flight: float = 1.0
+    logits_copies: float = 3.0
+    ram_to_gpu_bytes_per_s: float = 12e9  # over PCI Express, from memory that is not pinned
+    disk_bytes_per_s: float = 2e9
+
+
+DEFAULT = Calibration()
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """The cache by decoder layer: bytes for each token, and the most tokens that a layer keeps (0 = all).
+
+    ``repeats``: 2 where cross-attention keeps a cache of the same size beside the layer's own.
+    """
+
+    token_bytes: tuple[int, ...]
+    windows: tuple[int, ...]
+    repeats: int = 1
+
+    def layer_bytes(self, layer: int, ctx_tokens: int) -> int:
+        """Of one layer at a context of ``ctx_tokens``."""
+        window = self.windows[layer]
+        tokens = min(ctx_tokens, window) if window else ctx_tokens
+        return self.token_bytes[layer] * tokens * self.repeats
+
+
+def kv_cache(layout: Layout, task: str, precision: Precision) -> KvCache:
+    """The cache that transformers' DynamicCache keeps for this model, at the dtype the model computes in."""
+    text = layout.text
+    element = DTYPE_BYTES[precision.dtype]
+    types = _layer_types(text, layout.layers)
+    token_bytes = tuple(0 if kind in _NO_CACHE else _numbers_per_token(text, kind) * element for kind in types)
+    windows = tuple(_window(text, kind) for kind in types)
+    return KvCache(token_bytes, windows, 2 if task == "seq2seq" else 1)
+
+
+def _numbers_per_token(text: Config, kind: str) -> int:
+    """Keys and values of one token in one layer, in numbers."""
+    _, kv_heads, head_dim = reading.attention(text)
+    if (latent := reading.number(text, "kv_lora_rank")) and (rope := reading.number(text, "qk_rope_head_dim")):
+        # Latent attention: what is cached is compressed, one for all heads; beside it the keys of an indexer.
+        return latent + rope + reading.number(text, "index_head_dim")
+    if kind == "full_attention":
+        kv_heads = reading.number(text, "num_global_key_value_heads") or kv_heads
+        head_dim = reading.number(text, "global_head_dim") or head_dim
+    kv_heads = reading.number(text, "decoder_attention_heads") or kv_heads
+    if not head_dim and kv_heads:
+        head_dim = reading.number(text, "d_model") // kv_heads
+    return 2 * kv_heads * head_dim
+
+
+def _window(text: Config, kind: str) -> int:
+    if kind in _WINDOWED:
+        return reading.number(text, "sliding_window")
+    return reading.number(text, "attention_chunk_size") if kind == "chunked_attention" else 0
+
+
+def _layer_types(text: Config, layers: int) -> tuple[str, ...]:
+    """The kind of attention of each layer, as configurations list it or as their numbers imply it."""
+    listed = text.get("layer_types") or text.get("layers_block_type") or text.get("block_types")
+    if isinstance(listed, list) and listed:
+        types = [str(listed[index % len(listed)]) for index in range(layers)]
+    else:
+        types = [_implied(text, index) for index in range(layers)]
+    shared = reading.number(text, "num_kv_shared_layers")
+    if 0 < shared < layers:  # the last layers read the caches of earlier ones
+        types[layers - shared :] = ["mlp"] * shared
+    return tuple(types)
+
+
+def _implied(text: Config, index: int) -> str:
+    if not reading.number(text, "sliding_window") or text.get("use_sliding_window") is False:
+        return "full_attention"
+    if text.get("use_sliding_window") and index < reading.number(text, "max_window_layers"):
+        return "full_attention"
+    every = reading.number(text, "sliding_window_pattern", "_sliding_window_pattern")
+    every = every or _FULL_EVERY.get(str(text.get("model_type")), 0)
+    return "full_attention" if every and (index + 1) % every == 0 else "sliding_attention"
+
+
+def working_bytes(
+    layout: Layout, precision: Precision, calibration: Calibration, ctx_tokens: int, attention: str = "auto"
+) -> int:
+    """What a device that computes needs while a prompt passes through it, or while its weights arrive."""
+    text = layout.text
+    element = DTYPE_BYTES[precision.dtype]
+    hidden = reading.number(text, "hidden_size", "n_embd", "d_model")
+    inner = reading.number(text, "moe_intermediate_size", "intermediate_size", "n_inner", "d_ff", "ffn_dim")
+    inner *= reading.number(text, "num_experts_per_tok") if "moe_intermediate_size" in text else 1
+    tokens = min(ctx_tokens, calibration.prompt_tokens)
+    numbers = tokens * (calibration.hidden_copies * hidden + calibration.inner_copies * (inner or 4 * hidden))
+    logits = calibration.logits_copies * reading.number(text, "vocab_size") * 4
+    if attention == "eager":  # the matrix of scores, and its softmax in float32
+        heads = reading.number(text, "num_attention_heads", "n_head", "num_heads")
+        numbers += 3 * heads * tokens * tokens
+    unpacked = 2 * layout.largest_linear if precision.quantization else 0  # one layer at a time, in 16 bit
+    return int(max(numbers * element + logits + unpacked, arriving_bytes(layout, precision, calibration)))
+
+
+def arriving_bytes(layout: Layout, precision: Precision, calibration: Calibration) -> int:
+    """The most that exists twice while weights are loaded: the tensor under way, as stored and as kept."""
+    return int(calibration.tensors_in_flight * layout.largest_tensor * DTYPE_BYTES[precision.dtype])

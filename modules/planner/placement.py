@@ -1,0 +1,259 @@
+"""Which block lies on which device. Layers in order, device after device; another split only where that one fails.
+
+A device that computes needs its working memory. Where layers lie in RAM or on disk beside a GPU, the first GPU in
+use computes them: their weights visit it one block at a time, and their KV cache stays there (accelerate's hooks).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from modules.planner import packing
+from modules.planner.devices import DISK, Room, Rooms
+
+
+@dataclass(frozen=True)
+class Load:
+    """A block in bytes: where it computes, where it is kept for another device, and its KV cache."""
+
+    held: int
+    offloaded: int
+    kv: int = 0
+
+
+@dataclass(frozen=True)
+class Way:
+    """Devices that compute, and places that only keep, each in the order in which they fill.
+
+    Where something is kept, the first of ``computing`` is the one that computes it, and holds something itself.
+    """
+
+    computing: tuple[Room, ...]
+    stores: tuple[Room, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """``devices``: a key a block, in the blocks' order. ``missing_bytes`` on the device ``missing_on``, whose cap
+    this split does not keep; 0 = it keeps all."""
+
+    devices: tuple[str, ...]
+    missing_bytes: int = 0
+    missing_on: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a split puts on each device, beside what the device needs by itself."""
+
+    weights: dict[str, int]
+    kv: dict[str, int]
+    visiting: int  # bytes of the largest block that comes to compute
+    main: str  # where it comes to
+
+
+def place(loads: Sequence[Load], rooms: Rooms) -> Placement:
+    """A split that keeps every cap. Where none exists, the split in order that misses one cap by the least."""
+    ways = list(_ways(rooms))
+    process_short = max(0, rooms.ram.fixed_bytes - (rooms.ram.cap_bytes or 0)) if rooms.gpus else 0
+    if not process_short:
+        for way in ways:
+            if (devices := _in_order(loads, way)) is not None:
+                return Placement(devices)
+        for way in ways:
+            if (devices := _any_split(loads, way)) is not None:
+                return Placement(devices)
+    missing, key, devices = min(_overflows(loads, ways), key=lambda found: found[0])
+    if process_short:
+        return Placement(devices, process_short + missing, rooms.ram.key)
+    return Placement(devices, missing, key)
+
+
+def _ways(rooms: Rooms) -> Iterator[Way]:
+    disk = (Room(DISK, None),) if rooms.disk else ()
+    computing = rooms.gpus or (rooms.ram,)
+    yield Way(computing)
+    stores = (*((rooms.ram,) if rooms.spill else ()), *disk)
+    if stores:
+        for first in range(len(computing)):
+            yield Way(computing[first:], stores)
+
+
+def usage(loads: Sequence[Load], devices: Sequence[str], computing: Sequence[str]) -> Usage:
+    """What the split ``devices`` puts where; ``computing``: the keys of the devices that compute."""
+    main = next((key for key in computing if key in devices), computing[0])
+    weights: defaultdict[str, int] = defaultdict(int)
+    kv: defaultdict[str, int] = defaultdict(int)
+    visiting = 0
+    for load, key in zip(loads, devices, strict=True):
+        if key in computing:
+            weights[key] += load.held
+            kv[key] += load.kv
+        else:
+            weights[key] += load.offloaded
+            kv[main] += load.kv
+            visiting = max(visiting, load.offloaded)
+    return Usage(dict(weights), dict(kv), visiting, main)
+
+
+def _in_order(loads: Sequence[Load], way: Way) -> tuple[str, ...] | None:
+    """Fill the devices one after another; None where that does not do."""
+    keys = [room.key for room in way.computing]
+    reserved = 0  # on the main device: for visiting blocks and the cache of those kept elsewhere
+    while True:
+        if (devices := _fill(loads, way, reserved)) is None:
+            return None
+        used = usage(loads, devices, keys)
+        if not way.stores or not any(key not in keys for key in devices):
+            return devices
+        if keys[0] not in devices:
+            return None
+        kept_kv = sum(load.kv for load, key in zip(loads, devices, strict=True) if key not in keys)
+        if used.visiting + kept_kv <= reserved:
+            return devices
+        reserved = used.visiting + kept_kv
+
+
+def _fill(loads: Sequence[Load], way: Way, reserved: int) -> tuple[str, ...] | None:
+    rooms = [*way.computing, *way.stores]
+    places = len(way.computing)
+    index, left, devices = 0, _free(rooms[0], computes=True), []
+    left = None if left is None else left - reserved
+    for load in loads:
+        while True:
+            need = load.held + load.kv if index < places else load.offloaded
+            if left is None or need <= left:
+                break
+            index += 1
+            if index == len(rooms):
+                return None
+            left = _free(rooms[index], computes=index < places)
+        left = None if left is None else left - need
+        devices.append(rooms[index].key)
+    return tuple(devices)
+
+
+def _free(room: Room, *, computes: bool) -> int | None:
+    """Room for blocks in bytes; None = no bound."""
+    if room.cap_bytes is None:
+        return None
+    return room.cap_bytes - room.fixed_bytes - (room.working_bytes if computes else 0)
+
+
+def _overflows(loads: Sequence[Load], ways: Sequence[Way]) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """(bytes missing, on which device, the split) for each device that could be the one that is too small."""
+    for way in ways:
+        keys = [room.key for room in way.computing]
+        for room in (*way.computing, *way.stores):
+            if room.cap_bytes is None:
+                continue
+            wider = replace(room, cap_bytes=None)
+            relaxed = Way(_swapped(way.computing, room, wider), _swapped(way.stores, room, wider))
+            if (devices := _in_order(loads, relaxed)) is None:
+                continue
+            used = usage(loads, devices, keys)
+            need = used.weights.get(room.key, 0) + used.kv.get(room.key, 0) + room.fixed_bytes
+            need += room.working_bytes if room.key in keys else 0
+            need += used.visiting if room.key == used.main else 0
+            yield max(1, need - room.cap_bytes), room.key, devices
+
+
+def _swapped(rooms: tuple[Room, ...], old: Room, new: Room) -> tuple[Room, ...]:
+    return tuple(new if room is old else room for room in rooms)
+
+
+def _any_split(loads: Sequence[Load], way: Way) -> tuple[str, ...] | None:
+    """Any split that keeps the caps, in order or not; None where there is none (or too many blocks differ)."""
+    numbers = Counter(loads)
+    sizes = sorted(numbers, key=lambda load: (numbers[load], load.held))  # the most frequent last: see fills
+    counts = tuple(numbers[load] for load in sizes)
+    if not _may_fit(loads, way):
+        return None
+    if not way.stores:
+        return _over_computing(loads, sizes, counts, way)
+    for seed, number in enumerate(counts):  # the main device holds something, so begin with one block there
+        first = tuple(int(index == seed) for index in range(len(counts)))
+        if number and (chosen := _seeded(sizes, packing.remaining(counts, first), first, way)) is not None:
+            return _assigned(loads, sizes, chosen)
+    return None
+
+
+def _over_computing(
+    loads: Sequence[Load], sizes: Sequence[Load], counts: packing.Counts, way: Way
+) -> tuple[str, ...] | None:
+    """A split over the devices that compute, with nothing kept elsewhere."""
+    keys = [room.key for room in way.computing]
+    rooms = [_free(room, computes=True) or 0 for room in way.computing]
+    for left, taken in packing.after(counts, [load.held + load.kv for load in sizes], rooms).items():
+        if not any(left):
+            return _assigned(loads, sizes, dict(zip(keys, taken, strict=True)))
+    return None
+
+
+def _seeded(
+    sizes: Sequence[Load], counts: packing.Counts, seed: packing.Counts, way: Way
+) -> dict[str, packing.Counts] | None:
+    """A split with the block ``seed`` on the main device, ``counts`` anywhere."""
+    held = [load.held + load.kv for load in sizes]
+    others = way.computing[1:]
+    rooms = [_free(room, computes=True) or 0 for room in others]
+    for left, taken in packing.after(counts, held, rooms).items():
+        if (rest := _last_devices(sizes, left, seed, way)) is not None:
+            return {**dict(zip((room.key for room in others), taken, strict=True)), **rest}
+    return None
+
+
+def _may_fit(loads: Sequence[Load], way: Way) -> bool:
+    """Whether all bytes together are not more than all room: quickly seen, and most refusals end here."""
+    free = [_free(room, computes=True) for room in way.computing] + [_free(r, computes=False) for r in way.stores]
+    if any(room is None for room in free):
+        return True
+    need = sum(min(load.held, load.offloaded) + load.kv for load in loads)
+    return need <= sum(max(0, room or 0) for room in free)
+
+
+def _last_devices(
+    sizes: Sequence[Load], left: packing.Counts, seed: packing.Counts, way: Way
+) -> dict[str, packing.Counts] | None:
+    """Split what is ``left`` over the main device, which holds ``seed``, and the stores.
+
+    Wherever of these it lies, its KV cache lies on the main device.
+    """
+    main = way.computing[0]
+    held, kv = [load.held for load in sizes], [load.kv for load in sizes]
+    room = (_free(main, computes=True) or 0) - packing.total(left, kv)
+    room -= packing.total(seed, held) + packing.total(seed, kv)
+    bounded = [_free(store, computes=False) for store in way.stores]
+    for visiting in sorted({0, *(load.offloaded for load, count in zip(sizes, left, strict=True) if count)}):
+        must = tuple(count if load.offloaded > visiting else 0 for load, count in zip(sizes, left, strict=True))
+        free = room - visiting - packing.total(must, held)
+        for choice in packing.fills(packing.remaining(left, must), held, free):
+            on_main = packing.added(must, choice)
+            kept = _in_stores(packing.remaining(left, on_main), [load.offloaded for load in sizes], bounded)
+            if kept is not None:
+                stores = dict(zip((store.key for store in way.stores), kept, strict=True))
+                return {main.key: packing.added(seed, on_main), **stores}
+    return None
+
+
+def _in_stores(left: packing.Counts, sizes: Sequence[int], rooms: Sequence[int | None]) -> list[packing.Counts] | None:
+    kept = []
+    for room in rooms:
+        bound = packing.total(left, sizes) if room is None else max(0, room)
+        choice = max(packing.fills(left, sizes, bound), key=lambda taken: packing.total(taken, sizes))
+        kept.append(choice)
+        left = packing.remaining(left, choice)
+    return None if any(left) else kept
+
+
+def _assigned(loads: Sequence[Load], sizes: Sequence[Load], chosen: dict[str, packing.Counts]) -> tuple[str, ...]:
+    """A device for each block: counts by size become blocks, in order."""
+    left = {key: dict(zip(sizes, counts, strict=True)) for key, counts in chosen.items()}
+    devices = []
+    for load in loads:
+        key = next(key for key, counts in left.items() if counts[load])
+        left[key][load] -= 1
+        devices.append(key)
+    return tuple(devices)

@@ -1,0 +1,114 @@
+"""The plan of one load: whether it fits, what each device will hold, which layer goes where, and what else would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modules.devices import Machine
+from modules.library import ModelFacts
+from modules.options import LoadOptions
+from modules.planner.checkpoint import Checkpoint, from_facts
+from modules.planner.devices import DISK, DevicePlan
+from modules.planner.formats import Precision
+from modules.planner.memory import DEFAULT, Calibration
+from modules.planner.solving import Answer, Question, solve
+from modules.planner.suggestions import Suggestion, spare_context, suggestions
+from modules.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All in bytes. ``weights_bytes`` is what the loaded model's parameters and buffers take together;
+    ``peak_bytes`` what all devices but the disk hold at the worst moment; ``missing_bytes`` 0 where it fits.
+
+    ``device_map``: module → "cpu", "disk" or the GPU's number. ``spare_context_tokens``: how much longer a context
+    would fit. ``exact``: whether the weights are counted on headers, by rules that are proven for the architecture.
+    """
+
+    model: str
+    fits: bool
+    weights_bytes: int
+    peak_bytes: int
+    missing_bytes: int
+    missing_on: str  # the device's name: "GPU 0", "RAM"
+    device_map: dict[str, str]
+    devices: tuple[DevicePlan, ...]
+    precision: Precision
+    suggestions: tuple[Suggestion, ...] = ()
+    spare_context_tokens: int = 0
+    exact: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as ``--plan --json`` prints it."""
+        return {
+            "model": self.model,
+            "fits": self.fits,
+            "weights_bytes": self.weights_bytes,
+            "peak_bytes": self.peak_bytes,
+            "missing_bytes": self.missing_bytes,
+            "device_map": dict(self.device_map),
+            "devices": [{key: getattr(device, key) for key in _DEVICE_KEYS} for device in self.devices],
+            "suggestions": [{"text": item.text, "options": dict(item.options)} for item in self.suggestions],
+        }
+
+
+_DEVICE_KEYS = (
+    "name", "cap_bytes", "weights_bytes", "kv_cache_bytes", "working_bytes", "fixed_bytes", "total_bytes",
+)  # fmt: skip
+
+
+def plan(
+    facts: ModelFacts | Checkpoint,
+    options: LoadOptions,
+    machine: Machine,
+    *,
+    ctx_tokens: int,
+    calibration: Calibration = DEFAULT,
+    freed: Machine | None = None,
+) -> Plan:
+    """Plan a load. Pure: the same facts give the same plan.
+
+    ``freed``: the machine as it were without the model that is running, for the suggestion to unload it.
+    Raises nothing where the model does not fit: the plan says by how much.
+    """
+    checkpoint = facts if isinstance(facts, Checkpoint) else from_facts(facts)
+    question = Question(checkpoint, options, machine, ctx_tokens, calibration)
+    answer = solve(question)
+    return Plan(
+        model=checkpoint.name,
+        fits=answer.fits,
+        weights_bytes=sum(device.weights_bytes for device in answer.devices),
+        peak_bytes=sum(device.total_bytes for device in answer.devices if device.key != DISK),
+        missing_bytes=answer.placement.missing_bytes,
+        missing_on=next((d.name for d in answer.devices if d.key == answer.placement.missing_on), ""),
+        device_map=answer.device_map,
+        devices=answer.devices,
+        precision=answer.precision,
+        suggestions=() if answer.fits else suggestions(question, freed),
+        spare_context_tokens=spare_context(question) if answer.fits else 0,
+        exact=answer.layout.exact,
+        notes=tuple(_notes(question, answer)),
+    )
+
+
+def _notes(question: Question, answer: Answer) -> list[str]:
+    """What is not obvious of how the weights will lie."""
+    notes = []
+    if not answer.layout.exact:
+        notes.append("The weights are estimated from the files' size and the configuration.")
+    if not question.quantizes:
+        return notes
+    fused = sum(device.classes.kept for device in answer.devices if device.key != DISK)
+    experts = [p for b in answer.layout.blocks for p in b.parts if p.fused]
+    if experts:
+        notes.append(
+            f"A mixture's experts stay in 16 bit: bitsandbytes converts linear layers alone. "
+            f"{format_bytes(fused)} of the weights are not quantized."
+        )
+    if answer.rooms.gpus and any(
+        key not in {room.key for room in answer.rooms.gpus} for key in answer.placement.devices
+    ):
+        notes.append("Layers in RAM or on disk stay in 16 bit: bitsandbytes converts those on a GPU.")
+    return notes

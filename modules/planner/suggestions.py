@@ -1,0 +1,182 @@
+"""Ways to make a model fit, each with its price, in the order in which a knowledgeable friend would name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from modules.devices import Machine
+from modules.planner.devices import CPU, DISK, GIB
+from modules.planner.solving import Answer, Question, solve
+from modules.units import format_bytes
+
+MOST = 4
+_CONTEXT_STEP = 256
+_USEFUL_CONTEXT = 2048  # tokens; a shorter one is a worse loss than 8-bit weights
+_LEAST_CONTEXT = 512
+_LONGEST_CONTEXT = 1 << 20  # tokens, where the model does not say
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """``options``: the values to change. ``unload``: the running model has to be unloaded instead."""
+
+    text: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unload: bool = False
+
+
+def suggestions(question: Question, freed: Machine | None = None) -> tuple[Suggestion, ...]:
+    """Up to four ways that would fit. ``freed``: the machine as it were without the model that is running."""
+    found: list[Suggestion] = []
+    for suggestion in _in_order(question, freed):
+        found.append(suggestion)
+        if len(found) == MOST:
+            break
+    return tuple(found)
+
+
+def _in_order(question: Question, freed: Machine | None) -> Iterator[Suggestion]:
+    if freed is not None and solve(replace(question, machine=freed)).fits:
+        yield Suggestion("Unload the running model first: it is in the way, and can be loaded again.", unload=True)
+    yield from _wider(question)
+    if _can(question, bf16=True) and solve(question).precision.dtype == "float32":
+        yield from _one(question, "Hold the weights as bfloat16: half the memory of float32, no loss to speak of.",
+                        bf16=True)  # fmt: skip
+    shorter = _shorter_context(question)
+    if shorter and shorter >= _USEFUL_CONTEXT:
+        yield _context(question, shorter)
+    yield from _quantized(question)
+    if shorter and shorter < _USEFUL_CONTEXT:
+        yield _context(question, shorter)
+    yield from _elsewhere(question)
+
+
+def _one(question: Question, text: str, **changes: Any) -> Iterator[Suggestion]:
+    """The suggestion, where it would fit. ``{weights}`` in the text is what the weights then take."""
+    answer = solve(question.but(**changes))
+    if answer.fits:
+        yield Suggestion(text.format(weights=format_bytes(_weights(answer))), changes)
+
+
+def _can(question: Question, **changes: Any) -> bool:
+    """Whether the options are not so yet, and the checkpoint lets them be changed."""
+    plain = not question.checkpoint.quantization
+    return plain and any(getattr(question.options, name) != value for name, value in changes.items())
+
+
+def _weights(answer: Answer) -> int:
+    return sum(device.weights_bytes for device in answer.devices)
+
+
+def _wider(question: Question) -> Iterator[Suggestion]:
+    """Lift limits that the user set, where more is free."""
+    given = {
+        name: empty for name, empty in (("gpu_memory", ()), ("cpu_memory", 0.0)) if getattr(question.options, name)
+    }
+    names = {"gpu_memory": "the GPUs", "cpu_memory": "RAM"}
+    for name, empty in given.items():
+        yield from _one(question, f"Let the model take all that is free of {names[name]}, not only what is set.",
+                        **{name: empty})  # fmt: skip
+
+
+def _quantized(question: Question) -> Iterator[Suggestion]:
+    options = question.options
+    if _can(question, load_in_8bit=True) and not options.load_in_4bit:
+        yield from _one(
+            question, "Load in 8-bit: {weights} of weights. Answers stay close to the original; each takes longer.",
+            load_in_8bit=True, bf16=False,
+        )  # fmt: skip
+    if question.checkpoint.quantization:
+        return
+    four = {"load_in_4bit": True, "load_in_8bit": False, "bf16": False}
+    if not options.load_in_4bit:
+        way = list(_one(question, "Load in 4-bit: {weights} of weights. Answers get slightly worse.", **four))
+        if way:
+            yield from way
+            return
+    if not options.use_double_quant:
+        way = list(
+            _one(
+                question, "Load in 4-bit with double quantization: {weights} of weights. Answers get slightly worse.",
+                **four, use_double_quant=True,
+            )
+        )  # fmt: skip
+        if way:
+            yield from way
+            return
+    yield from _quantized_and_shorter(question.but(**four, use_double_quant=True), four)
+
+
+def _quantized_and_shorter(question: Question, four: Mapping[str, bool]) -> Iterator[Suggestion]:
+    if tokens := _shorter_context(question):
+        changes = {**four, "use_double_quant": True, "ctx_size": tokens}
+        text = "Load in 4-bit with double quantization, and a context of {tokens:,} tokens: both are losses."
+        yield Suggestion(text.format(tokens=tokens), changes)
+
+
+def _context(question: Question, tokens: int) -> Suggestion:
+    words = tokens * 3 // 4 // 100 * 100
+    return Suggestion(
+        f"Shorten the context to {tokens:,} tokens, about {words:,} words: the model sees no more of a conversation.",
+        {"ctx_size": tokens},
+    )
+
+
+def _shorter_context(question: Question) -> int:
+    """The longest shorter context that fits, in tokens; 0 = none that is of use."""
+    return longest_context(question, question.ctx_tokens - 1, _LEAST_CONTEXT)
+
+
+def longest_context(question: Question, most: int, least: int) -> int:
+    """The longest context in steps between two bounds with which the model fits; 0 = not even the least."""
+    low, high = -(-least // _CONTEXT_STEP), most // _CONTEXT_STEP
+    if high < low or not solve(question.but(ctx_size=low * _CONTEXT_STEP)).fits:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if solve(question.but(ctx_size=middle * _CONTEXT_STEP)).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low * _CONTEXT_STEP
+
+
+def spare_context(question: Question) -> int:
+    """How many more tokens of context than asked for would fit, up to the model's own limit."""
+    most = question.checkpoint.context_limit or _LONGEST_CONTEXT
+    return max(0, longest_context(question, most, question.ctx_tokens) - question.ctx_tokens)
+
+
+def _elsewhere(question: Question) -> Iterator[Suggestion]:
+    """Layers in RAM, on disk, or everything on the CPU."""
+    options, machine = question.options, question.machine
+    on_gpu = bool(machine.gpus) and not options.cpu
+    if on_gpu and not options.cpu_memory:
+        yield from _kept_elsewhere(question, cpu_memory=machine.ram_free_bytes * 9 // 10 / GIB)
+    if not options.disk:
+        yield from _kept_elsewhere(question, disk=True)
+    if on_gpu:
+        yield from _one(
+            question, "Run on the CPU alone, in RAM: {weights} of weights; every token takes many times longer.",
+            cpu=True, gpu_memory=(), auto_devices=False,
+        )  # fmt: skip
+
+
+def _kept_elsewhere(question: Question, **changes: Any) -> Iterator[Suggestion]:
+    answer = solve(question.but(**changes))
+    if not answer.fits:
+        return
+    calibration = question.calibration
+    away = {key: answer.layers_on(key) for key in (CPU, DISK)}
+    moved = {device.key: device.weights_bytes for device in answer.devices}
+    seconds = moved.get(DISK, 0) / calibration.disk_bytes_per_s
+    if answer.rooms.gpus:
+        seconds += moved.get(CPU, 0) / calibration.ram_to_gpu_bytes_per_s
+    else:
+        away[CPU] = 0
+    places = [f"{count} of {answer.layout.layers} layers {where}" for where, count in
+              (("in RAM", away[CPU]), ("on disk", away[DISK])) if count]  # fmt: skip
+    kept = " and ".join(places) or "a part of the model in RAM"
+    yield Suggestion(f"Keep {kept}: each token then takes {seconds:.1f} s longer, or more.", changes)
