@@ -99,3 +99,20 @@ NO_ROTARY_BUFFERS = frozenset({
 })  # fmt: skip
 # … and those whose configuration says by position_embedding_type whether they rotate.
 POSITIONS_BY_CHOICE = frozenset({"granitemoehybrid"})
+
+# Tensors in files that are buffers of their modules, not parameters.
+BUFFERS = frozenset({
+    "balancing_biases", "diagonal_decay", "e_score_correction_bias", "expert_bias", "final_logits_bias", "key_decay",
+    "layer_scalar", "num_batches_tracked", "query_decay", "running_mean", "running_var", "slope_rate", "tid2eid",
+})  # fmt: skip
+
+# Architectures whose bytes are close, not exact: buffers computed from odd numbers, layers tied to each other.
+APPROXIMATE = frozenset({
+    "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blt", "camembert", "ctrl", "data2vec-text",
+    "deepseek_v4", "electra", "encoder-decoder", "ernie", "falcon_h1", "falcon_mamba", "gemma3n_text", "git",
+    "glmasr", "granite_speech", "granite_speech_plus", "granite_swa", "granitemoe_swa", "hrm_text", "megatron-bert",
+    "moshi", "musicflamingo", "nemo_speechlm", "openai-gpt", "phi4_multimodal", "prophetnet", "qwen3_asr",
+    "recurrent_gemma", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "seamless_m4t", "seamless_m4t_v2",
+    "t5gemma", "t5gemma2", "voxtral", "voxtral_realtime", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "zamba",
+    "zamba2",
+})  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modules.library import config as reading
+from modules.library.tensors import TensorInfo
 from modules.planner.architectures import NO_ROTARY_BUFFERS, POSITIONS_BY_CHOICE, SCALED_EMBEDDINGS
 from modules.planner.formats import Part
 
@@ -16,6 +17,13 @@ def buffers(text: Config, decoder: str, layers: int) -> Iterator[tuple[str, Part
     """(module, buffer) of each, in the language model whose layers lie under the module ``decoder``."""
     yield from _rotary(text, f"{decoder}.rotary_emb" if decoder else "rotary_emb")
     yield from _by_architecture(text, decoder, layers)
+
+
+def tower_buffers(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Part]]:
+    """(module, buffer) of the position numbers, int64, that image towers keep beside their position embedding."""
+    for name, tensor in tensors.items():
+        if name.endswith(".embeddings.position_embedding.weight"):
+            yield name.removesuffix(".position_embedding.weight"), Part("buffer", 1, fixed_bytes=8 * tensor.shape[0])
 
 
 def _rotary(text: Config, module: str) -> Iterator[tuple[str, Part]]:
@@ -39,9 +47,7 @@ def _rotary(text: Config, module: str) -> Iterator[tuple[str, Part]]:
 
 def rotary_dimension(text: Config, parameters: Config, kind: str = "") -> int:
     """How many numbers of a head turn. ``parameters``: the RoPE parameters of layers of the ``kind``."""
-    head_dim = reading.number(text, "kv_channels") or reading.attention(text)[2]
-    if kind == "full_attention":
-        head_dim = reading.number(text, "global_head_dim") or head_dim
+    head_dim = head_dimension(text, kind)
     if own := reading.number(text, "qk_rope_head_dim"):
         return own  # latent attention: a part of the head, as a number
     if parameters.get("rope_type") == "proportional":
@@ -49,6 +55,15 @@ def rotary_dimension(text: Config, parameters: Config, kind: str = "") -> int:
     shares = (parameters.get("partial_rotary_factor"), text.get("partial_rotary_factor"), text.get("rotary_pct"))
     share = next((value for value in shares if isinstance(value, int | float) and value > 0), 1.0)
     return int(head_dim * share)
+
+
+def head_dimension(text: Config, kind: str) -> int:
+    """Numbers of a head's key in layers of the ``kind``: Gemma 4 has larger heads where a layer sees everything."""
+    usual = reading.number(text, "kv_channels") or reading.attention(text)[2]
+    if kind != "full_attention":
+        return usual
+    default = 512 if str(text.get("model_type", "")).startswith("gemma4") else usual
+    return reading.number(text, "global_head_dim") or default
 
 
 def _by_architecture(text: Config, decoder: str, layers: int) -> Iterator[tuple[str, Part]]:

@@ -31,6 +31,12 @@ class Part:
     float32_with: tuple[str, ...] = ()  # the dtypes of the model with which these stay float32
     fixed_bytes: int = 0  # of one, where it does not follow the model's dtype
     fused: bool = False  # a part of a mixture's experts, which become one parameter
+    stays: bool = False  # packed weights that are buffers of their module
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether accelerate leaves it where its module computes, when the module's weights are kept elsewhere."""
+        return self.stays or self.kind == "buffer"
 
 
 @dataclass(frozen=True)

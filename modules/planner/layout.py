@@ -11,7 +11,8 @@ from typing import Any
 
 from modules.library import config as reading
 from modules.library.tensors import TensorInfo
-from modules.planner.buffers import buffers
+from modules.planner.architectures import APPROXIMATE
+from modules.planner.buffers import buffers, tower_buffers
 from modules.planner.checkpoint import Checkpoint
 from modules.planner.formats import Part
 from modules.planner.names import Classifier, head_module, loaded_tensors, split_layer
@@ -38,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model in blocks. ``exact``: every tensor is known from headers."""
+    """A model in blocks. ``exact``: headers tell all, by rules that are proven for the architecture."""
 
     blocks: tuple[Block, ...]
     text: Mapping[str, Any]  # the language model's part of config.json
@@ -97,13 +98,20 @@ def build(checkpoint: Checkpoint) -> Layout:
     draft = _read(checkpoint, tensors)
     stack = _decoder_stack(checkpoint, draft, reading.attention(text)[0])
     layers = [name for name in draft.layers if name.rpartition(".")[0] == stack]
-    for module, part in buffers(text, stack.rpartition(".")[0], len(layers)):
+    for module, part in (*buffers(text, stack.rpartition(".")[0], len(layers)), *tower_buffers(tensors)):
         if module in draft.layers:
             draft.layers[module][part] += 1
         else:
             draft.outside.setdefault(f"{module}.buffer", Counter())[part] += 1
     blocks = _tied(checkpoint, draft, _blocks(draft, stack))
-    return Layout(tuple(sorted(blocks, key=lambda block: _order(block, stack))), text, len(layers))
+    in_order = tuple(sorted(blocks, key=lambda block: _order(block, stack)))
+    return Layout(in_order, text, len(layers), _is_exact(checkpoint))
+
+
+def _is_exact(checkpoint: Checkpoint) -> bool:
+    """Whether the rules are proven for the architecture: custom code may do anything."""
+    known = str(checkpoint.config.get("model_type", "")) not in APPROXIMATE
+    return known and "auto_map" not in checkpoint.config and checkpoint.file_format != "gguf"
 
 
 def _read(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> _Draft:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.library import config as reading
+from modules.planner.buffers import head_dimension
 from modules.planner.formats import Precision
 from modules.planner.layout import Layout
 from modules.precision import DTYPE_BYTES
@@ -71,13 +72,12 @@ def kv_cache(layout: Layout, task: str, precision: Precision) -> KvCache:
 
 def _numbers_per_token(text: Config, kind: str) -> int:
     """Keys and values of one token in one layer, in numbers."""
-    _, kv_heads, head_dim = reading.attention(text)
+    kv_heads, head_dim = reading.attention(text)[1], head_dimension(text, kind)
     if (latent := reading.number(text, "kv_lora_rank")) and (rope := reading.number(text, "qk_rope_head_dim")):
         # Latent attention: what is cached is compressed, one for all heads; beside it the keys of an indexer.
         return latent + rope + reading.number(text, "index_head_dim")
-    if kind == "full_attention":
+    if kind == "full_attention" and text.get("attention_k_eq_v", True):
         kv_heads = reading.number(text, "num_global_key_value_heads") or kv_heads
-        head_dim = reading.number(text, "global_head_dim") or head_dim
     kv_heads = reading.number(text, "decoder_attention_heads") or kv_heads
     if not head_dim and kv_heads:
         head_dim = reading.number(text, "d_model") // kv_heads

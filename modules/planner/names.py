@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from modules.library import config as reading
 from modules.library.tensors import TensorInfo
 from modules.planner.architectures import (
+    BUFFERS,
     CONV1D,
     HEADS,
     IGNORED,
@@ -115,6 +117,8 @@ class Classifier:
         self._not_linear = [NOT_LINEAR[name] for name in self._types if name in NOT_LINEAR]
         self._attention_pairs = {name.rpartition(".")[0] for name in tensors if name.endswith("in_proj_weight")}
         self._packed = _packed_modules(checkpoint, tensors)
+        self._packed_as_buffers = checkpoint.quantization in ("awq", "gptq")
+        self._kernel_bytes = _kernel_bytes(checkpoint)
         self._known: dict[tuple[str, str, tuple[int, ...]], Part | None] = {}
 
     def part(self, name: str, rest: str, tensor: TensorInfo) -> Part | None:
@@ -137,6 +141,8 @@ class Classifier:
         numbers = 1
         for length in shape:
             numbers *= length
+        if leaf in BUFFERS and (len(shape) != 2 or leaf == "final_logits_bias"):
+            return Part("buffer", numbers, 1, float32_with)
         experts = self._fused_experts and ".experts." in name and len(shape) >= 2
         if len(shape) != 2 or leaf != "weight":
             kind: Kind = "head" if _HEAD.match(owner) else "kept"
@@ -175,7 +181,15 @@ class Classifier:
             return None
         if leaf == "bias":
             return self._plain_part(name, tensor.shape)
-        return _as_stored(tensor, "packed")
+        part = replace(_as_stored(tensor, "packed"), stays=self._packed_as_buffers)
+        return replace(part, fixed_bytes=part.fixed_bytes + self._kernel_bytes) if leaf == "qweight" else part
+
+
+def _kernel_bytes(checkpoint: Checkpoint) -> int:
+    """What gptqmodel 7.6 keeps beside each packed weight: a table of shifts, one int32 for each number in an int32."""
+    stored = checkpoint.config.get("quantization_config")
+    bits = reading.number(stored, "bits") if isinstance(stored, Mapping) else 0
+    return 4 * (32 // bits) if checkpoint.quantization == "gptq" and bits else 0
 
 
 def _as_stored(tensor: TensorInfo, kind: Kind = "kept") -> Part:

@@ -16,11 +16,18 @@ from modules.planner.devices import DISK, Room, Rooms
 
 @dataclass(frozen=True)
 class Load:
-    """A block in bytes: where it computes, where it is kept for another device, and its KV cache."""
+    """A block in bytes. ``held``: all of it, where it computes. ``offloaded``: what is kept elsewhere, when it
+    computes on the main device; its ``kv`` cache and ``buffers`` (a part of ``held``) lie there all the same."""
 
     held: int
     offloaded: int
     kv: int = 0
+    buffers: int = 0
+
+    @property
+    def movable(self) -> int:
+        """What the main device holds more when the block lies there, than when it is kept elsewhere."""
+        return self.held - self.buffers
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ def usage(loads: Sequence[Load], devices: Sequence[str], computing: Sequence[str
             kv[key] += load.kv
         else:
             weights[key] += load.offloaded
+            weights[main] += load.buffers
             kv[main] += load.kv
             visiting = max(visiting, load.offloaded)
     return Usage(dict(weights), dict(kv), visiting, main)
@@ -110,10 +118,10 @@ def _in_order(loads: Sequence[Load], way: Way) -> tuple[str, ...] | None:
             return devices
         if keys[0] not in devices:
             return None
-        kept_kv = sum(load.kv for load, key in zip(loads, devices, strict=True) if key not in keys)
-        if used.visiting + kept_kv <= reserved:
+        stays = sum(load.kv + load.buffers for load, key in zip(loads, devices, strict=True) if key not in keys)
+        if used.visiting + stays <= reserved:
             return devices
-        reserved = used.visiting + kept_kv
+        reserved = used.visiting + stays
 
 
 def _fill(loads: Sequence[Load], way: Way, reserved: int) -> tuple[str, ...] | None:
@@ -210,7 +218,7 @@ def _may_fit(loads: Sequence[Load], way: Way) -> bool:
     free = [_free(room, computes=True) for room in way.computing] + [_free(r, computes=False) for r in way.stores]
     if any(room is None for room in free):
         return True
-    need = sum(min(load.held, load.offloaded) + load.kv for load in loads)
+    need = sum(min(load.movable, load.offloaded) + load.kv + load.buffers for load in loads)
     return need <= sum(max(0, room or 0) for room in free)
 
 
@@ -219,12 +227,12 @@ def _last_devices(
 ) -> dict[str, packing.Counts] | None:
     """Split what is ``left`` over the main device, which holds ``seed``, and the stores.
 
-    Wherever of these it lies, its KV cache lies on the main device.
+    Wherever of these it lies, its KV cache and buffers lie on the main device.
     """
     main = way.computing[0]
-    held, kv = [load.held for load in sizes], [load.kv for load in sizes]
-    room = (_free(main, computes=True) or 0) - packing.total(left, kv)
-    room -= packing.total(seed, held) + packing.total(seed, kv)
+    held, stays = [load.movable for load in sizes], [load.kv + load.buffers for load in sizes]
+    room = (_free(main, computes=True) or 0) - packing.total(left, stays)
+    room -= packing.total(seed, held) + packing.total(seed, stays)
     bounded = [_free(store, computes=False) for store in way.stores]
     for visiting in sorted({0, *(load.offloaded for load, count in zip(sizes, left, strict=True) if count)}):
         must = tuple(count if load.offloaded > visiting else 0 for load, count in zip(sizes, left, strict=True))

@@ -97,7 +97,9 @@ def _notes(question: Question, answer: Answer) -> list[str]:
     """What is not obvious of how the weights will lie."""
     notes = []
     if not answer.layout.exact:
-        notes.append("The weights are estimated from the files' size and the configuration.")
+        close = "from the headers; this architecture may differ by a little" if question.checkpoint.tensors else (
+            "from the files' size and the configuration")  # fmt: skip
+        notes.append(f"The weights are estimated {close}.")
     if not question.quantizes:
         return notes
     fused = sum(device.classes.kept for device in answer.devices if device.key != DISK)

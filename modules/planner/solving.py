@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,8 +11,8 @@ from modules.devices import Machine
 from modules.options import LoadOptions
 from modules.planner.checkpoint import Checkpoint
 from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, rooms
-from modules.planner.formats import Classes, Precision, classes, precision_for
-from modules.planner.layout import Layout, layout_of
+from modules.planner.formats import Classes, Part, Precision, classes, precision_for
+from modules.planner.layout import Block, Layout, layout_of
 from modules.planner.memory import Calibration, kv_cache, working_bytes
 from modules.planner.placement import Load, Placement, place, usage
 
@@ -83,15 +84,21 @@ class Answer:
                     kv_cache_bytes=kv,
                     working_bytes=room.working_bytes * busy + visiting.get(room.key, 0),
                     fixed_bytes=room.fixed_bytes if busy or room.key == CPU else 0,
-                    classes=self._classes(room.key, room.key in computing),
+                    classes=self._classes(room.key, computing, used.main),
                 )
             )
         return tuple(made)
 
-    def _classes(self, key: str, computes: bool) -> Classes:
-        precision = self.precision if computes else self.offloaded_precision
-        pairs = zip(self.layout.blocks, self.placement.devices, strict=True)
-        return Classes.sum(classes(block.parts, precision) for block, device in pairs if device == key)
+    def _classes(self, key: str, computing: Sequence[str], main: str) -> Classes:
+        held = []
+        for block, device in zip(self.layout.blocks, self.placement.devices, strict=True):
+            if device in computing:
+                held += [classes(block.parts, self.precision)] if device == key else []
+            elif device == key:
+                held.append(classes(_only(block, buffers=False), self.offloaded_precision))
+            elif key == main:
+                held.append(classes(_only(block, buffers=True), self.offloaded_precision))
+        return Classes.sum(held)
 
     def layers_on(self, key: str) -> int:
         """How many of the decoder's layers lie on a device."""
@@ -121,11 +128,19 @@ def solve(question: Question) -> Answer:
 def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision, ctx_tokens: int) -> tuple[Load, ...]:
     cache = kv_cache(layout, task, precision)
     ranks = {layer: rank for rank, layer in enumerate(sorted(b.layer for b in layout.blocks if b.layer >= 0))}
-    sizes: dict[object, tuple[int, int]] = {}  # layers are alike
+    sizes: dict[object, Load] = {}  # layers are alike
     loads = []
     for block in layout.blocks:
         if block.signature not in sizes:
-            sizes[block.signature] = classes(block.parts, precision).total, classes(block.parts, offloaded).total
+            sizes[block.signature] = Load(
+                held=classes(block.parts, precision).total,
+                offloaded=classes(_only(block, buffers=False), offloaded).total,
+                buffers=classes(_only(block, buffers=True), offloaded).total,
+            )
         kv = cache.layer_bytes(ranks[block.layer], ctx_tokens) if block.layer >= 0 else 0
-        loads.append(Load(*sizes[block.signature], kv))
+        loads.append(dataclasses.replace(sizes[block.signature], kv=kv))
     return tuple(loads)
+
+
+def _only(block: Block, *, buffers: bool) -> dict[Part, int]:
+    return {part: count for part, count in block.parts.items() if part.is_buffer is buffers}
