@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
+from modules import precision
 from modules.checkpoint import check_files, read_json, safetensors_header, weight_files
 from modules.errors import (
     BrokenCheckpoint,
@@ -28,7 +29,6 @@ from modules.errors import (
     NotAModel,
     OptionError,
 )
-from modules.options import LoadOptions
 from modules.protocol import LoadOrder, LoadReport, Progress
 from modules.worker import quantization, report, rope, tokenizer
 from modules.worker.failures import translate
@@ -228,23 +228,14 @@ def weights_dtype(order: LoadOrder, device: DeviceFacts, stored: str) -> tuple[t
 
     ``stored`` is the checkpoint's dtype by name, ``device`` what the options let the model touch.
     """
-    options = order.options
-    already_quantized = bool(order.quantization) and order.file_format != "gguf"
-    if device.gpus == 0:
-        if already_quantized:
-            return quantization.DTYPES.get(stored, torch.bfloat16), ()
-        if options.bf16 or quantization.on_the_fly(options):
-            return torch.bfloat16, _without_gpu(options)
-        return torch.float32, _without_gpu(options, ", in float32; bf16 halves the memory")
-    if options.bf16 and not already_quantized:
-        return torch.bfloat16, ()
-    if stored == "bfloat16" and device.bf16:
-        return torch.bfloat16, ("The checkpoint is bfloat16 and the GPU has it, so the weights are kept as bfloat16.",)
-    return torch.float16, ()
-
-
-def _without_gpu(options: LoadOptions, more: str = "") -> tuple[str, ...]:
-    return () if options.cpu else (f"No GPU that can be used was found: the model runs on the CPU{more}.",)
+    name, notes = precision.weights_dtype(
+        order.options,
+        stored=stored,
+        prequantized=bool(order.quantization) and order.file_format != "gguf",
+        gpus=device.gpus,
+        gpu_bf16=device.bf16,
+    )
+    return quantization.DTYPES[name], notes
 
 
 def device_facts() -> DeviceFacts:
