@@ -37,7 +37,7 @@ class Block:
         return frozenset(self.parts.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A model in blocks. ``exact``: headers tell all, by rules that are proven for the architecture."""
 
@@ -45,6 +45,11 @@ class Layout:
     text: Mapping[str, Any]  # the language model's part of config.json
     layers: int  # of the decoder
     exact: bool = True
+
+    @cached_property
+    def layer_ranks(self) -> dict[int, int]:
+        """A decoder layer's number → how many come before it."""
+        return {layer: rank for rank, layer in enumerate(sorted(b.layer for b in self.blocks if b.layer >= 0))}
 
     @cached_property
     def largest_tensor(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from modules.library import config as reading
@@ -60,6 +61,7 @@ class KvCache:
         return self.token_bytes[layer] * tokens * self.repeats
 
 
+@lru_cache(maxsize=64)
 def kv_cache(layout: Layout, task: str, precision: Precision) -> KvCache:
     """The cache that transformers' DynamicCache keeps for this model, at the dtype the model computes in."""
     text = layout.text

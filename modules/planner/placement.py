@@ -6,9 +6,11 @@ use computes them: their weights visit it one block at a time, and their KV cach
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from modules.planner import packing
 from modules.planner.devices import DISK, Room, Rooms
@@ -65,14 +67,15 @@ def place(loads: Sequence[Load], rooms: Rooms) -> Placement:
     """A split that keeps every cap. Where none exists, the split in order that misses one cap by the least."""
     ways = list(_ways(rooms))
     process_short = max(0, rooms.ram.fixed_bytes - (rooms.ram.cap_bytes or 0)) if rooms.gpus else 0
+    sums = _Sums(loads)
     if not process_short:
         for way in ways:
-            if (devices := _in_order(loads, way)) is not None:
+            if (devices := _in_order(loads, way, sums)) is not None:
                 return Placement(devices)
         for way in ways:
             if (devices := _any_split(loads, way)) is not None:
                 return Placement(devices)
-    missing, key, devices = min(_overflows(loads, ways), key=lambda found: found[0])
+    missing, key, devices = min(_overflows(loads, ways, sums), key=lambda found: found[0])
     if process_short:
         return Placement(devices, process_short + missing, rooms.ram.key)
     return Placement(devices, missing, key)
@@ -106,41 +109,53 @@ def usage(loads: Sequence[Load], devices: Sequence[str], computing: Sequence[str
     return Usage(dict(weights), dict(kv), visiting, main)
 
 
-def _in_order(loads: Sequence[Load], way: Way) -> tuple[str, ...] | None:
+class _Sums:
+    """Sums over the blocks before each position, so that how many fit is one look-up."""
+
+    def __init__(self, loads: Sequence[Load]) -> None:
+        self.count = len(loads)
+        self.held = list(accumulate((load.held + load.kv for load in loads), initial=0))
+        self.offloaded = list(accumulate((load.offloaded for load in loads), initial=0))
+        stays = list(accumulate((load.kv + load.buffers for load in reversed(loads)), initial=0))
+        self.stays_from = stays[::-1]
+        largest = list(accumulate((load.offloaded for load in reversed(loads)), max, initial=0))
+        self.visiting_from = largest[::-1]
+
+
+def _in_order(loads: Sequence[Load], way: Way, sums: _Sums) -> tuple[str, ...] | None:
     """Fill the devices one after another; None where that does not do."""
-    keys = [room.key for room in way.computing]
-    reserved = 0  # on the main device: for visiting blocks and the cache of those kept elsewhere
+    reserved = 0  # on the main device: for visiting blocks, and for cache and buffers of those kept elsewhere
     while True:
-        if (devices := _fill(loads, way, reserved)) is None:
+        ends = _fill(way, sums, reserved)
+        if ends[-1] < sums.count:
             return None
-        used = usage(loads, devices, keys)
-        if not way.stores or not any(key not in keys for key in devices):
-            return devices
-        if keys[0] not in devices:
-            return None
-        stays = sum(load.kv + load.buffers for load, key in zip(loads, devices, strict=True) if key not in keys)
-        if used.visiting + stays <= reserved:
-            return devices
-        reserved = used.visiting + stays
+        computed = ends[len(way.computing) - 1]
+        need = sums.stays_from[computed] + sums.visiting_from[computed]
+        if computed == sums.count or (need <= reserved and ends[0]):
+            break
+        if not ends[0]:
+            return None  # the main device would hold nothing, and so would not be the main one
+        reserved = need
+    keys = [room.key for room in (*way.computing, *way.stores)]
+    starts = [0, *ends]
+    return tuple(key for key, start, end in zip(keys, starts, ends, strict=False) for _ in range(start, end))
 
 
-def _fill(loads: Sequence[Load], way: Way, reserved: int) -> tuple[str, ...] | None:
-    rooms = [*way.computing, *way.stores]
-    places = len(way.computing)
-    index, left, devices = 0, _free(rooms[0], computes=True), []
-    left = None if left is None else left - reserved
-    for load in loads:
-        while True:
-            need = load.held + load.kv if index < places else load.offloaded
-            if left is None or need <= left:
-                break
-            index += 1
-            if index == len(rooms):
-                return None
-            left = _free(rooms[index], computes=index < places)
-        left = None if left is None else left - need
-        devices.append(rooms[index].key)
-    return tuple(devices)
+def _fill(way: Way, sums: _Sums, reserved: int) -> list[int]:
+    """For each device, the position of the first block that is left for the next one."""
+    ends = []
+    start = 0
+    for index, room in enumerate((*way.computing, *way.stores)):
+        computes = index < len(way.computing)
+        totals = sums.held if computes else sums.offloaded
+        free = _free(room, computes=computes)
+        if free is not None:
+            free -= 0 if index else reserved
+            start = max(start, bisect_right(totals, totals[start] + free) - 1) if free >= 0 else start
+        else:
+            start = sums.count
+        ends.append(start)
+    return ends
 
 
 def _free(room: Room, *, computes: bool) -> int | None:
@@ -150,7 +165,7 @@ def _free(room: Room, *, computes: bool) -> int | None:
     return room.cap_bytes - room.fixed_bytes - (room.working_bytes if computes else 0)
 
 
-def _overflows(loads: Sequence[Load], ways: Sequence[Way]) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+def _overflows(loads: Sequence[Load], ways: Sequence[Way], sums: _Sums) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     """(bytes missing, on which device, the split) for each device that could be the one that is too small."""
     for way in ways:
         keys = [room.key for room in way.computing]
@@ -159,7 +174,7 @@ def _overflows(loads: Sequence[Load], ways: Sequence[Way]) -> Iterator[tuple[int
                 continue
             wider = replace(room, cap_bytes=None)
             relaxed = Way(_swapped(way.computing, room, wider), _swapped(way.stores, room, wider))
-            if (devices := _in_order(loads, relaxed)) is None:
+            if (devices := _in_order(loads, relaxed, sums)) is None:
                 continue
             used = usage(loads, devices, keys)
             need = used.weights.get(room.key, 0) + used.kv.get(room.key, 0) + room.fixed_bytes

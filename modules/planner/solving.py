@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from modules.devices import Machine
 from modules.options import LoadOptions
@@ -127,9 +127,16 @@ def solve(question: Question) -> Answer:
 
 def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision, ctx_tokens: int) -> tuple[Load, ...]:
     cache = kv_cache(layout, task, precision)
-    ranks = {layer: rank for rank, layer in enumerate(sorted(b.layer for b in layout.blocks if b.layer >= 0))}
+    by_rank = [cache.layer_bytes(rank, ctx_tokens) for rank in range(layout.layers)]
+    kvs = (by_rank[layout.layer_ranks[block.layer]] if block.layer >= 0 else 0 for block in layout.blocks)
+    weights = _weights(layout, precision, offloaded)
+    return tuple(Load(load.held, load.offloaded, kv, load.buffers) for load, kv in zip(weights, kvs, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _weights(layout: Layout, precision: Precision, offloaded: Precision) -> tuple[Load, ...]:
+    """The blocks without a cache."""
     sizes: dict[object, Load] = {}  # layers are alike
-    loads = []
     for block in layout.blocks:
         if block.signature not in sizes:
             sizes[block.signature] = Load(
@@ -137,9 +144,7 @@ def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision
                 offloaded=classes(_only(block, buffers=False), offloaded).total,
                 buffers=classes(_only(block, buffers=True), offloaded).total,
             )
-        kv = cache.layer_bytes(ranks[block.layer], ctx_tokens) if block.layer >= 0 else 0
-        loads.append(dataclasses.replace(sizes[block.signature], kv=kv))
-    return tuple(loads)
+    return tuple(sizes[block.signature] for block in layout.blocks)
 
 
 def _only(block: Block, *, buffers: bool) -> dict[Part, int]:

@@ -1,0 +1,253 @@
+"""What a plan says to people and programs: caps, refusals, ways to fit, spare context; on simulated GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.devices import Gpu, Machine
+from modules.library import Library
+from modules.options import LoadOptions
+from modules.planner import DEFAULT, Calibration, Checkpoint, Plan, from_facts, plan, read_checkpoint
+from tests import checkpoints, planner_checkpoints
+from tests.conftest import ROOT
+
+GIB = 2**30
+LLAMA_70B_PARAMETERS = 70_553_706_496
+DEEPSEEK_V3_PARAMETERS = 671_026_419_200
+
+
+def machine(*gpus_gib: float, ram: float = 64, disk: float = 2000) -> Machine:
+    gpus = tuple(Gpu(i, f"simulated {i}", str(i), int(g * GIB), int(g * GIB)) for i, g in enumerate(gpus_gib))
+    return Machine(gpus, int(ram * GIB), int(ram * GIB), int(disk * GIB))
+
+
+def places(planned: Plan) -> dict[str, int]:
+    """How many entries of the device map each device has."""
+    keys: Sequence[str] = list(planned.device_map.values())
+    return {key: keys.count(key) for key in dict.fromkeys(keys)}
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return read_checkpoint(planner_checkpoints.llama_70b(tmp_path_factory.mktemp("headers") / "llama-70b"))
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return read_checkpoint(planner_checkpoints.deepseek_v3(tmp_path_factory.mktemp("headers") / "deepseek-v3"))
+
+
+def test_the_json_has_the_documented_keys_and_nothing_else(llama_70b: Checkpoint) -> None:
+    data = json.loads(json.dumps(plan(llama_70b, LoadOptions(), machine(24), ctx_tokens=8192).to_dict()))
+    assert list(data) == [
+        "model", "fits", "weights_bytes", "peak_bytes", "missing_bytes", "device_map", "devices", "suggestions",
+    ]  # fmt: skip
+    assert set(data["devices"][0]) == {
+        "name", "cap_bytes", "weights_bytes", "kv_cache_bytes", "working_bytes", "fixed_bytes", "total_bytes",
+    }  # fmt: skip
+    assert data["suggestions"]
+    assert all(set(item) == {"text", "options"} for item in data["suggestions"])
+
+
+def test_a_large_model_is_counted_from_headers(llama_70b: Checkpoint) -> None:
+    planned = plan(llama_70b, LoadOptions(), machine(80, 80), ctx_tokens=8192)
+    assert planned.fits
+    assert planned.weights_bytes == 2 * LLAMA_70B_PARAMETERS + 2 * 64 * 4
+    assert sum(device.kv_cache_bytes for device in planned.devices) == 8192 * 2 * 80 * 8 * 128 * 2
+    assert list(places(planned)) == ["0", "1"]
+
+
+def test_a_mixture_of_hundreds_of_experts_is_counted_from_headers(deepseek_v3: Checkpoint) -> None:
+    planned = plan(deepseek_v3, LoadOptions(), machine(*[80] * 12, ram=256), ctx_tokens=4096)
+    assert not planned.fits
+    correction_float32 = 58 * 256 * 2  # bytes more than in 16 bit
+    assert planned.weights_bytes == 2 * DEEPSEEK_V3_PARAMETERS + correction_float32 + 2 * 32 * 4
+    latent = 4096 * 61 * (512 + 64) * 2
+    assert sum(device.kv_cache_bytes for device in planned.devices) == latent
+    in_four = plan(deepseek_v3, LoadOptions(load_in_4bit=True), machine(*[80] * 12, ram=256), ctx_tokens=4096)
+    assert in_four.weights_bytes > 0.95 * planned.weights_bytes
+    assert any("experts stay in 16 bit" in note for note in in_four.notes)
+
+
+def test_unequal_gpus_fill_by_what_the_options_give_them(llama_70b: Checkpoint) -> None:
+    options = LoadOptions(load_in_4bit=True, gpu_memory=(20, 0, 40))
+    planned = plan(llama_70b, options, machine(24, 24, 48), ctx_tokens=4096)
+    assert planned.fits
+    assert [device.name for device in planned.devices] == ["GPU 0", "GPU 2", "RAM"]
+    assert [device.cap_bytes for device in planned.devices[:2]] == [20 * GIB, 40 * GIB]
+    assert all(device.total_bytes <= device.cap_bytes for device in planned.devices)
+    assert places(planned).keys() == {"0", "2"}
+    assert planned.device_map["model.embed_tokens"] == "0"
+    assert planned.device_map["lm_head"] == "2"
+
+
+def test_a_gpu_that_the_list_does_not_reach_is_left_out(llama_70b: Checkpoint) -> None:
+    planned = plan(llama_70b, LoadOptions(load_in_4bit=True, gpu_memory=(60,)), machine(64, 64), ctx_tokens=4096)
+    assert planned.device_map == {"": "0"}
+
+
+def test_layers_go_in_order(llama_70b: Checkpoint) -> None:
+    planned = plan(llama_70b, LoadOptions(), machine(48, 48, 80), ctx_tokens=4096)
+    numbers = [int(planned.device_map[f"model.layers.{index}"]) for index in range(80)]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == {0, 1, 2}
+
+
+def test_what_does_not_fit_on_the_gpu_goes_to_ram_and_its_cache_stays(llama_70b: Checkpoint) -> None:
+    planned = plan(llama_70b, LoadOptions(), machine(24, ram=160), ctx_tokens=4096)
+    gpu, ram = planned.devices
+    assert planned.fits
+    assert ram.weights_bytes > 100 * GIB
+    assert ram.kv_cache_bytes == 0
+    assert gpu.kv_cache_bytes == 4096 * 2 * 80 * 8 * 128 * 2
+    layer = 2 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192)
+    assert gpu.working_bytes >= layer  # room for the layer that visits
+    assert gpu.total_bytes <= gpu.cap_bytes
+
+
+def test_quantized_weights_spill_only_where_it_was_asked_for_and_in_16_bit(llama_70b: Checkpoint) -> None:
+    four = LoadOptions(load_in_4bit=True)
+    assert not plan(llama_70b, four, machine(24, ram=256), ctx_tokens=4096).fits
+    planned = plan(llama_70b, LoadOptions(load_in_4bit=True, cpu_memory=200), machine(24, ram=256), ctx_tokens=4096)
+    assert planned.fits
+    gpu, ram = planned.devices
+    assert gpu.classes.quantized
+    assert ram.classes.quantized == 0
+    assert any("stay in 16 bit" in note for note in planned.notes)
+
+
+def test_the_disk_takes_the_rest_where_it_may(llama_70b: Checkpoint) -> None:
+    refused = plan(llama_70b, LoadOptions(cpu_memory=32), machine(24), ctx_tokens=4096)
+    assert not refused.fits
+    planned = plan(llama_70b, LoadOptions(cpu_memory=32, disk=True), machine(24), ctx_tokens=4096)
+    assert planned.fits
+    assert list(places(planned)) == ["0", "cpu", "disk"]
+    assert planned.peak_bytes == sum(device.total_bytes for device in planned.devices if device.name != "disk")
+    ram = planned.devices[1]
+    assert ram.total_bytes - ram.fixed_bytes <= 32 * GIB
+
+
+def test_a_refusal_names_the_bytes_that_would_do(llama_70b: Checkpoint) -> None:
+    refused = plan(llama_70b, LoadOptions(load_in_4bit=True), machine(24), ctx_tokens=4096)
+    assert (refused.fits, refused.missing_on) == (False, "GPU 0")
+    enough = (24 * GIB + refused.missing_bytes) / GIB
+    assert plan(llama_70b, LoadOptions(load_in_4bit=True), machine(enough), ctx_tokens=4096).fits
+    less = (24 * GIB + refused.missing_bytes - 1) / GIB
+    assert not plan(llama_70b, LoadOptions(load_in_4bit=True), machine(less), ctx_tokens=4096).fits
+
+
+def test_without_a_gpu_all_lies_in_ram(llama_70b: Checkpoint) -> None:
+    planned = plan(llama_70b, LoadOptions(bf16=True), machine(ram=180), ctx_tokens=4096)
+    assert planned.fits
+    assert planned.device_map == {"": "cpu"}
+    assert plan(llama_70b, LoadOptions(bf16=True, cpu=True), machine(24, ram=180), ctx_tokens=4096).device_map == {
+        "": "cpu"
+    }
+
+
+def test_ways_to_fit_do_fit_and_say_their_price(llama_70b: Checkpoint) -> None:
+    setting = machine(48, ram=256)
+    refused = plan(llama_70b, LoadOptions(gpu_memory=(40,), cpu_memory=20), setting, ctx_tokens=8192)
+    assert 1 <= len(refused.suggestions) <= 4
+    for suggestion in refused.suggestions:
+        options = LoadOptions(**{"gpu_memory": (40,), "cpu_memory": 20, **suggestion.options})
+        tokens = suggestion.options.get("ctx_size", 8192)
+        assert plan(llama_70b, options, setting, ctx_tokens=tokens).fits, suggestion
+        assert len(suggestion.text) > 30
+
+
+def test_the_first_word_is_what_costs_least() -> None:
+    """In order: unload, take what is free, bfloat16, a shorter context, 8-bit, 4-bit, layers elsewhere."""
+    checkpoint = read_checkpoint(planner_checkpoints.checkpoint("llama"))
+    small = Calibration(ram_fixed_bytes=0, hidden_copies=0, inner_copies=0, logits_copies=0, tensors_in_flight=0)
+    weights = plan(checkpoint, LoadOptions(bf16=True), machine(ram=1), ctx_tokens=64).weights_bytes
+    tight = machine(ram=weights * 1.2 / GIB)
+    refused = plan(checkpoint, LoadOptions(), tight, ctx_tokens=64, calibration=small, freed=machine(ram=1))
+    assert refused.suggestions[0].unload
+    assert refused.suggestions[1].options == {"bf16": True}
+    assert "load_in_8bit" in refused.suggestions[2].options
+
+
+def test_a_shorter_context_is_offered_with_its_length(llama_70b: Checkpoint) -> None:
+    setting = machine(80, 80, ram=1.5)
+    refused = plan(llama_70b, LoadOptions(), setting, ctx_tokens=131072)
+    first = refused.suggestions[0].options
+    assert set(first) == {"ctx_size"}
+    tokens = first["ctx_size"]
+    assert 2048 <= tokens < 131072
+    assert plan(llama_70b, LoadOptions(), setting, ctx_tokens=tokens).fits
+    assert not plan(llama_70b, LoadOptions(), setting, ctx_tokens=tokens + 256).fits
+
+
+def test_an_already_quantized_checkpoint_is_not_told_to_quantize() -> None:
+    checkpoint = read_checkpoint(checkpoints.bitsandbytes(4))
+    refused = plan(checkpoint, LoadOptions(), machine(0.1, ram=4), ctx_tokens=256)
+    assert not refused.fits
+    assert not any({"load_in_4bit", "load_in_8bit", "bf16"} & set(item.options) for item in refused.suggestions)
+
+
+def test_spare_context_fits_and_more_does_not(llama_70b: Checkpoint) -> None:
+    options = LoadOptions(load_in_4bit=True)
+    planned = plan(llama_70b, options, machine(48), ctx_tokens=4096)
+    longest = 4096 + planned.spare_context_tokens
+    assert 4096 < longest < 131072
+    assert plan(llama_70b, options, machine(48), ctx_tokens=longest).fits
+    assert not plan(llama_70b, options, machine(48), ctx_tokens=longest + 256).fits
+    plenty = plan(llama_70b, options, machine(140), ctx_tokens=4096)
+    assert 4096 + plenty.spare_context_tokens == 131072  # the model's own limit
+
+
+def test_sliding_layers_keep_their_window_alone() -> None:
+    checkpoint = read_checkpoint(planner_checkpoints.checkpoint("gemma3"))
+    caches = [
+        plan(checkpoint, LoadOptions(bf16=True), machine(), ctx_tokens=tokens).devices[0].kv_cache_bytes
+        for tokens in (32, 1032, 2032)
+    ]
+    full_layer = 2 * 2 * 16 * 2
+    assert caches[0] == 32 * 7 * full_layer
+    assert caches[2] - caches[1] == caches[1] - caches[0] == 1000 * full_layer  # one layer of seven sees everything
+
+
+def test_measured_numbers_are_data(llama_70b: Checkpoint) -> None:
+    usual = plan(llama_70b, LoadOptions(), machine(80, 80), ctx_tokens=4096)
+    measured = Calibration(gpu_fixed_bytes=DEFAULT.gpu_fixed_bytes + 2**20, ram_fixed_bytes=1)
+    other = plan(llama_70b, LoadOptions(), machine(80, 80), ctx_tokens=4096, calibration=measured)
+    assert other.devices[0].fixed_bytes == usual.devices[0].fixed_bytes + 2**20
+    assert other.devices[-1].fixed_bytes == 1
+
+
+def test_pickled_weights_are_estimated_and_said_to_be(tmp_path: Path) -> None:
+    folder = checkpoints.pytorch()
+    planned = plan(Library([folder.parent]).facts(folder.name), LoadOptions(bf16=True), machine(), ctx_tokens=128)
+    real = plan(read_checkpoint(checkpoints.llama()), LoadOptions(bf16=True), machine(), ctx_tokens=128)
+    assert not planned.exact
+    assert any("estimated" in note for note in planned.notes)
+    assert abs(planned.weights_bytes - real.weights_bytes) < 0.03 * real.weights_bytes
+
+
+def test_the_same_facts_are_read_once(demo_model: Path) -> None:
+    facts = Library([demo_model.parent]).facts(demo_model.name)
+    assert from_facts(facts) is from_facts(facts)
+
+
+def test_planning_imports_no_ml_package() -> None:
+    code = (
+        "import sys, modules.planner; "
+        "print([m for m in ('torch', 'transformers', 'accelerate', 'bitsandbytes', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_does_not_touch_its_inputs(llama_70b: Checkpoint) -> None:
+    before: Any = json.dumps(dict(llama_70b.config), sort_keys=True)
+    first = plan(llama_70b, LoadOptions(), machine(24), ctx_tokens=8192)
+    assert plan(llama_70b, LoadOptions(), machine(24), ctx_tokens=8192) == first
+    assert json.dumps(dict(llama_70b.config), sort_keys=True) == before
