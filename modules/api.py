@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from zlib import crc32
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -84,8 +85,17 @@ def _from_http(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def brief(snapshot: Snapshot) -> dict[str, Any]:
-    """What the page asks for twice a second: whether anything has changed."""
-    return {"version": snapshot.version, "state": snapshot.state.value, "warm": snapshot.warm}
+    """What the page asks for twice a second. ``shown`` changes with all that it shows but the speed of answers."""
+    since = snapshot.loaded.since if snapshot.loaded else 0
+    name = snapshot.order.name if snapshot.order else ""
+    shown = (snapshot.state, since, name, snapshot.progress, snapshot.notes, str(snapshot.error))
+    return {
+        "state": snapshot.state.value,
+        "shown": crc32(repr(shown).encode()),
+        "warm": snapshot.warm,
+        "generating": snapshot.generating,
+        "tokens_per_second": round(snapshot.tokens_per_second, 1),
+    }
 
 
 def describe(snapshot: Snapshot) -> dict[str, Any]:

@@ -66,9 +66,7 @@ def status_line(snapshot: Snapshot) -> str:
     if snapshot.loaded:
         parts.append(f"<b>{escape(loaded_in_words(snapshot.loaded))}</b>")
         parts.append(f"<span>{format_bytes(snapshot.loaded.report.footprint_bytes)}</span>")
-        if snapshot.generating:
-            waiting = f", {snapshot.generating - 1} waiting" if snapshot.generating > 1 else ""
-            parts.append(f"<span>{snapshot.tokens_per_second:.0f} tokens/s{waiting}</span>")
+        parts.append('<span class="rate"></span>')  # filled in by page.js
     if not snapshot.loaded or busy(snapshot):
         name = f" {snapshot.order.name}" if snapshot.order and busy(snapshot) else ""
         parts.append(f"<span>{escape(word + name)}{_percent(snapshot)}</span>")
@@ -229,4 +227,4 @@ def summary(view: View) -> str:
     text = view.facts.summary() if view.facts else ""
     origins = sorted({o for o in view.origin.values() if o not in ("default", "form")})
     source = f" · options from {', '.join(origins)}" if origins else ""
-    return f'<div class="small summary">{escape(text + source)}</div>'
+    return f'<div class="small summary" data-model="{escape(view.name)}">{escape(text + source)}</div>'

@@ -19,7 +19,7 @@ from modules.supervisor import Snapshot
 from modules.ui.form import option_value, widget
 from modules.ui.model_tab import QUIET
 
-UPDATE_S = 0.05  # at most twenty updates a second reach the browser
+UPDATE_S = 0.1  # ten updates a second reach the browser
 CHAT, COMPLETION = "Chat", "Completion"
 History = list[dict[str, Any]]
 

@@ -2,7 +2,7 @@
 // hidden sync button, which renders what is new. A short request each time: browsers allow only six open ones a host.
 (() => {
   const EVERY_MS = 500;
-  let version = -1;
+  let shown = null;
   let failures = 0;
 
   const element = (id) => document.getElementById(id);
@@ -19,16 +19,26 @@
     document.body.append(made);
   }
 
+  // Written here and not by the server: rendering twice a second what only the speed changes would slow the answer.
+  function showRate(status) {
+    const place = document.querySelector("#status .rate");
+    if (!place) return;
+    const waiting = status.generating > 1 ? `, ${status.generating - 1} waiting` : "";
+    const text = status.generating ? `${status.tokens_per_second} tokens/s${waiting}` : "";
+    if (place.textContent !== text) place.textContent = text;
+  }
+
   async function ask() {
     try {
       const answer = await fetch("v1/internal/model/status", { cache: "no-store" });
       const status = await answer.json();
       failures = 0;
       lost(false);
-      if (status.version !== version && element("sync")) {
-        version = status.version;
+      if (status.shown !== shown && element("sync")) {
+        shown = status.shown;
         element("sync").click();
       }
+      showRate(status);
     } catch {
       failures += 1;
       if (failures > 2) lost(true);

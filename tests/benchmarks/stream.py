@@ -59,6 +59,7 @@ def _on_chat_tab(page: Any) -> dict[str, float]:
     """Ask once; the worker's own tokens/s from the line under the chat, and those seen in the page."""
     page.get_by_role("tab", name="Chat").click()
     page.locator("#clear").click()
+    page.wait_for_function("!document.querySelector('#chat-line').innerText.includes('tokens/s')")
     page.locator("#message textarea").fill(PROMPT)
     page.evaluate(_WATCH)
     page.locator("#message textarea").press("Enter")
@@ -71,7 +72,6 @@ def _on_chat_tab(page: Any) -> dict[str, float]:
 
 _WATCH = """() => {
   window.firstText = window.lastText = 0;
-  document.querySelector('#chat-line').innerText = '';
   let seen = '';
   const look = () => {
     const bots = document.querySelectorAll('#chatbot .bot .md, #chatbot .bot .prose');

@@ -20,10 +20,9 @@ def select_model(page: Page, name: str = NAME) -> None:
     expect(page.locator("#status")).not_to_be_empty()
     menu = page.locator("#model input")
     if menu.input_value() != name:
-        page.locator("#summary").evaluate("element => element.innerText = ''")
         menu.click()
         page.get_by_role("option", name=name, exact=True).click()
-    expect(page.locator("#summary")).to_contain_text("8k context", timeout=10_000)
+    expect(page.locator(f"#summary [data-model='{name}']")).to_be_visible(timeout=10_000)
     expect(page.locator("#load")).to_be_enabled()
 
 
