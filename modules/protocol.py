@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from modules.errors import LoadstoneError, error_from_dict
@@ -55,6 +55,8 @@ class LoadOrder:
     offload_dir: str
     cache_dir: str  # for what is worth keeping between loads (a converted tokenizer)
     custom_code_allowed: bool = False
+    device_map: dict[str, str] = field(default_factory=dict)  # module → "cpu", "disk", GPU number; {}: no plan
+    quantized_cache: bool = False  # read and keep quantized copies under cache_dir
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ class ServerOptions:
         "flag", True, "Warm worker",
         "Keep a process waiting that has imported the libraries, so that loading starts at once.", group="server",
     )  # fmt: skip
+    quantized_cache: bool = option(
+        "flag", True, "Quantized copies",
+        "Keep what 4-bit and 8-bit loads make of a model, so that the next such load need not quantize again.",
+        group="server",
+    )  # fmt: skip
     verbose: bool = option("flag", False, "Verbose", "Log more.", group="server")
 
 
@@ -51,6 +56,13 @@ class CommandOptions:
     raw_prompt: bool = option(
         "flag", False, "Raw prompt", "Continue the text as it stands, without the model's chat template.",
         group="command",
+    )  # fmt: skip
+    plan: bool = option(
+        "flag", False, "Plan", "Print the memory plan for --model, exit.", group="command",
+    )  # fmt: skip
+    json: bool = option("flag", False, "JSON", "With --plan: print it as JSON.", group="command")
+    load_anyway: bool = option(
+        "flag", False, "Load anyway", "Load --model even where the plan says that it does not fit.", group="command",
     )  # fmt: skip
     demo: bool = option(
         "flag", False, "Demo", "Bring the demo model, SmolLM2-135M-Instruct, into models/ and select it.",

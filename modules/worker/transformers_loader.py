@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.utils import logging as transformers_logging
 
 from modules import precision
 from modules.checkpoint import check_files, read_json, safetensors_header, weight_files
@@ -30,16 +28,16 @@ from modules.errors import (
     OptionError,
 )
 from modules.protocol import LoadOrder, LoadReport, Progress
-from modules.worker import quantization, report, rope, tokenizer
+from modules.worker import quantization, quantized_copies, report, rope, tokenizer
+from modules.worker.counting import counting
 from modules.worker.failures import translate
-from modules.worker.placement import DeviceFacts, Sizes, offloads, placement
+from modules.worker.placement import DeviceFacts, Sizes, placement, spills
 from modules.worker.verification import verify
 
 logger = logging.getLogger(__name__)
 
 _AUTO_CLASSES: Mapping[str, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 _HEADER_DTYPES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PROGRESS_INTERVAL_S = 0.1
 
 
 @dataclass
@@ -105,23 +103,22 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
         check_disk(order)
     device = device_facts()
     arguments = load_kwargs(order, device, facts)
-    for name, value in arguments.as_text().items():
-        logger.info("%s: from_pretrained(%s=%s)", order.name, name, value)
     loaded_tokenizer = tokenizer.load(order, facts.config, progress)
-    model = _load_weights(order, arguments, progress)
-    progress(Progress("checking what was loaded"))
-    notes = (
-        *arguments.notes,
-        *loaded_tokenizer.notes,
-        *verify(model, order, device.usable(order.options), arguments.kwargs),
-    )
+
+    def make(kwargs: dict[str, Any], stage: str = "") -> tuple[Any, tuple[str, ...]]:
+        model = _load_weights(order, LoadArguments(kwargs), stage or _usual_stage(order), progress)
+        progress(Progress("checking what was loaded"))
+        return model, verify(model, order, device.usable(order.options), kwargs)
+
+    model, kwargs, checked = quantized_copies.load(order, arguments.kwargs, make, progress)
+    notes = (*arguments.notes, *loaded_tokenizer.notes, *checked)
     settle_generation(model, loaded_tokenizer.tokenizer)
     made = report.make_report(
         model,
         loaded_tokenizer.tokenizer,
         order,
         context_limit=report.context_limit(facts.config, order.options),
-        kwargs=arguments.as_text(),
+        kwargs=LoadArguments(kwargs).as_text(),
         load_seconds=time.perf_counter() - started,
         notes=notes,
     )
@@ -215,7 +212,7 @@ def load_kwargs(order: LoadOrder, device: DeviceFacts, facts: ModelFacts) -> Loa
         kwargs["weights_only"] = True
     if options.attn_implementation != "auto":
         kwargs["attn_implementation"] = options.attn_implementation
-    config = quantization.quantization_config(order, stored, device, offloads(options, device))
+    config = quantization.quantization_config(order, stored, device, spills(order, device))
     if config is not None:
         kwargs["quantization_config"] = config
     if quantizes and device.gpus == 0 and (options.disk or options.cpu_memory):
@@ -247,13 +244,18 @@ def device_facts() -> DeviceFacts:
     return DeviceFacts(free, bf16=torch.cuda.is_bf16_supported(including_emulation=False), ram_free_bytes=ram)
 
 
-def _load_weights(order: LoadOrder, arguments: LoadArguments, progress: Callable[[Progress], None]) -> Any:
-    stage = "quantizing the weights" if quantization.on_the_fly(order.options) else "loading the weights"
+def _usual_stage(order: LoadOrder) -> str:
     if order.file_format == "gguf":
-        stage = "unpacking the weights"
+        return "unpacking the weights"
+    return "quantizing the weights" if quantization.on_the_fly(order.options) else "loading the weights"
+
+
+def _load_weights(order: LoadOrder, arguments: LoadArguments, stage: str, progress: Callable[[Progress], None]) -> Any:
+    for name, value in arguments.as_text().items():
+        logger.info("%s: from_pretrained(%s=%s)", order.name, name, value)
     progress(Progress(stage))
     auto_class = _AUTO_CLASSES[order.task]
-    with counting(stage, progress):
+    with counting("Loading weights", stage, "tensors", progress):
         model, info = auto_class.from_pretrained(**arguments.kwargs, output_loading_info=True)
     parameters = {name for name, _ in model.named_parameters()}
     if missing := sorted(parameters & set(info["missing_keys"])):
@@ -263,32 +265,6 @@ def _load_weights(order: LoadOrder, arguments: LoadArguments, progress: Callable
             "The model may be another kind than a language model, or an incomplete download.",
         )
     return model.eval()
-
-
-@contextlib.contextmanager
-def counting(stage: str, progress: Callable[[Progress], None]) -> Iterator[None]:
-    """Report tensors done and total while transformers loads weights; its bar is not drawn."""
-
-    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and kwargs.get("desc") == "Loading weights":
-            return _counted(args[0], len(args[0]), stage, progress)
-        return factory(*args, **{**kwargs, "disable": True})
-
-    previous = transformers_logging.set_tqdm_hook(hook)
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(previous)
-
-
-def _counted(items: Iterable[Any], total: int, stage: str, progress: Callable[[Progress], None]) -> Iterator[Any]:
-    last = 0.0
-    for done, item in enumerate(items):
-        if (now := time.monotonic()) - last >= _PROGRESS_INTERVAL_S:
-            last = now
-            progress(Progress(stage, done, total, "tensors"))
-        yield item
-    progress(Progress(stage, total, total, "tensors"))
 
 
 def own_folder(parent: Path) -> str:
