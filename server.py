@@ -66,6 +66,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
         Supervisor(warm_worker=server.warm_worker, measure=measure),
         measure,
         cache_dir=models / ".cache",
+        quantized_cache=server.quantized_cache,
         flags=parsed.load,
         generation_flags=parsed.generation,
     )
@@ -85,21 +86,23 @@ def _run(service: Service, server: ServerOptions, command: CommandOptions) -> in
 
     if command.check:
         return commands.check(service)
+    if command.plan:
+        return commands.print_plan(service, as_json=command.json)
     if command.prompt:
-        return commands.prompt(service, command.prompt, raw=command.raw_prompt)
+        return commands.prompt(service, command.prompt, raw=command.raw_prompt, anyway=command.load_anyway)
     from modules import web
 
     listener = web.listen(server.listen_port)
     if service.preselected:
-        _load_at_start(service)
+        _load_at_start(service, anyway=command.load_anyway)
     web.serve(service, listener, open_browser=server.auto_launch, verbose=server.verbose)
     return 0
 
 
-def _load_at_start(service: Service) -> None:
+def _load_at_start(service: Service, *, anyway: bool) -> None:
     """A model that cannot be loaded does not keep the page from opening: the error is on it."""
     try:
-        service.load(service.preselected, source="command line")
+        service.load(service.preselected, source="command line", anyway=anyway)
     except LoadstoneError as error:
         service.start_error = error
         log.error("%s: %s", service.preselected, error)

@@ -16,13 +16,15 @@ from modules.supervisor import Snapshot, State
 
 
 class LoadBody(BaseModel):
-    """``args`` holds loader options by name; ``wait`` false answers before the model is there."""
+    """``args`` holds loader options by name; ``wait`` false answers before the model is there; ``anyway`` loads
+    what the plan says does not fit."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="forbid")
 
     model_name: str
     args: dict[str, Any] = {}
     wait: bool = True
+    anyway: bool = False
 
 
 def install(app: FastAPI, service: Service) -> None:
@@ -57,7 +59,7 @@ def _router(service: Service) -> APIRouter:
 
     @router.post("/v1/internal/model/load")
     def load(body: LoadBody) -> dict[str, Any]:
-        service.load(body.model_name, _from_http(body.args), source="api")
+        service.load(body.model_name, _from_http(body.args), source="api", anyway=body.anyway)
         if not body.wait:
             return describe(service.snapshot())
         snapshot = service.supervisor.wait_loaded()
@@ -107,6 +109,7 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "model_name": loaded.order.name if loaded else None,
         "options": {name: getattr(loaded.order.options, name) for name in LOAD_OPTIONS} if loaded else {},
         "context_tokens": loaded.order.ctx_tokens if loaded else None,
+        "device_bytes": loaded.report.device_bytes if loaded else {},
         "footprint_bytes": loaded.report.footprint_bytes if loaded else None,
         "layer_classes": loaded.report.layer_classes if loaded else {},
         "notes": list(snapshot.notes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,35 @@ def demo(models_dir: Path) -> str:
     return demo_model.bring(models_dir, say)
 
 
-def prompt(service: Service, text: str, *, raw: bool) -> int:
+def print_plan(service: Service, *, as_json: bool) -> int:
+    """Print the plan for the model named at the start; 0 if it fits, else 2. Raises what is wrong with the options."""
+    if not service.preselected:
+        raise UserError("--plan needs a model.", "Name one with --model, or use --demo.")
+    view = service.view(service.preselected, source="command line")
+    if view.problem or view.fit is None:
+        raise view.problem or UserError("There is nothing to plan.")
+    plan = view.fit.plan
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=1))
+        return 0 if plan.fits else 2
+    print(f"{plan.model}: {view.fit.verdict}")
+    print(f"{'':8} {'weights':>10} {'context':>10} {'working':>10} {'process':>10} {'total':>10} {'allowed':>10}")
+    for device in plan.devices:
+        sizes = (device.weights_bytes, device.kv_cache_bytes, device.working_bytes, device.fixed_bytes,
+                 device.total_bytes, device.cap_bytes)  # fmt: skip
+        print(f"{device.name:8} " + " ".join(f"{format_bytes(size):>10}" for size in sizes))
+    for note in (*view.notes, *plan.notes):
+        print(f"note: {note}")
+    for suggestion in plan.suggestions:
+        print(f"or: {suggestion.text}")
+    return 0 if plan.fits else 2
+
+
+def prompt(service: Service, text: str, *, raw: bool, anyway: bool = False) -> int:
     """Load the model, print its answer to ``text``; the exit status. Raises what loading or generating raises."""
     if not service.preselected:
         raise UserError("--prompt needs a model.", "Name one with --model, or use --demo.")
-    service.load(service.preselected, source="command line")
+    service.load(service.preselected, source="command line", anyway=anyway)
     snapshot = service.supervisor.wait_loaded()
     if snapshot.error or snapshot.loaded is None:
         raise snapshot.error or UserError("Nothing was loaded.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from html import escape
@@ -9,8 +10,8 @@ from html import escape
 from modules.devices import Machine
 from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, LoadOptions, changed
-from modules.planner import Estimate
-from modules.service import View
+from modules.planner import DevicePlan
+from modules.service import Fit, View
 from modules.supervisor import Loaded, Snapshot, State
 from modules.units import format_bytes, format_seconds, format_tokens
 
@@ -177,38 +178,66 @@ def _log(lines: Iterable[str]) -> str:
 
 
 def fit_card(view: View, machine: Machine) -> str:
-    """One bar a device: what others hold, what this model would take, what stays free. An estimate."""
-    needed = view.estimate
+    """One bar a device: what others hold, what this model would take by class, what stays free; the table behind it."""
     parts = ['<div class="card"><div class="card-head"><b>Will it fit</b></div>']
+    planned = {device.name: device for device in view.fit.plan.devices} if view.fit else {}
     for gpu in machine.gpus:
-        on_this = needed if needed and needed.device == f"GPU {gpu.index}" else None
-        parts.append(_device_bar(f"GPU {gpu.index} {gpu.name}", gpu.total_bytes, gpu.free_bytes, on_this))
-    on_ram = needed if needed and needed.device == "RAM" else None
-    parts.append(_device_bar("RAM", machine.ram_total_bytes, machine.ram_free_bytes, on_ram))
-    if needed:
-        parts.append(
-            f'<div class="small">About {format_bytes(needed.total_bytes)}: '
-            f"weights {format_bytes(needed.weights_bytes)}, "
-            f"context {format_bytes(needed.cache_bytes)}, working {format_bytes(needed.working_bytes)}.</div>"
-        )
-        parts.append(f'<div class="{"ok" if needed.fits else "bad"}">{escape(needed.verdict)}</div>')
+        name = f"GPU {gpu.index}"
+        parts.append(_device_bar(f"{name} {gpu.name}", gpu.total_bytes, gpu.free_bytes, planned.get(name)))
+        parts += [f'<div class="small">held by {escape(h.name)} ({format_bytes(h.held_bytes)})</div>' for h in gpu.holders]
+    parts.append(_device_bar("RAM", machine.ram_total_bytes, machine.ram_free_bytes, planned.get("RAM")))
+    if (disk := planned.get("disk")) and disk.weights_bytes:
+        parts.append(f'<div class="small">{format_bytes(disk.weights_bytes)} of layers on disk</div>')
+    if view.fit:
+        parts.append(f'<div class="{"ok" if view.fit.fits else "bad"}">{escape(view.fit.verdict)}</div>')
+        parts.append(_plan_table(view.fit))
     if view.problem:
         parts.append(error_box(view.problem))
-    parts.append(_notes(view.notes))
+    notes = view.fit.plan.notes if view.fit else ()
+    parts.append(_notes((*view.notes, *notes)))
     return "".join(parts) + "</div>"
 
 
-def _device_bar(name: str, total: int, free: int, needed: Estimate | None) -> str:
+_KINDS = (("weights", "weights_bytes"), ("context", "kv_cache_bytes"), ("working", "working_bytes"),
+          ("process", "fixed_bytes"))  # fmt: skip
+
+
+def _device_bar(name: str, total: int, free: int, device: DevicePlan | None) -> str:
+    """A stacked bar in shares of the device's memory; what does not fit is drawn as far as the bar goes."""
     held = 100 * (total - free) / total if total else 0
-    takes = 100 * needed.total_bytes / total if needed and total else 0
-    too_much = " over" if needed and needed.total_bytes > free else ""
     label = f"{format_bytes(free)} of {format_bytes(total)} free"
+    fills = [f'<div class="fill held" style="width:{held:.1f}%" title="held"></div>']
+    takes = ""
+    if device and device.total_bytes:
+        over = " over" if device.total_bytes > min(free, device.cap_bytes) else ""
+        sizes = [(kind, getattr(device, key)) for kind, key in _KINDS]
+        for kind, size in sizes:
+            fills.append(
+                f'<div class="fill planned {kind}{over}" style="width:{100 * size / total:.2f}%" '
+                f'title="{kind} {format_bytes(size)}"></div>'
+            )
+        words = " · ".join(f"{kind} {format_bytes(size)}" for kind, size in sizes if size)
+        takes = f'<div class="small">would take {format_bytes(device.total_bytes)}: {words}</div>'
     return (
         f'<div class="device"><div class="device-head"><span>{escape(name)}</span><span>{label}</span></div>'
-        f'<div class="bar" role="img" aria-label="{escape(name)}: {label}"><div class="fill held" '
-        f'style="width:{held:.1f}%"></div><div class="fill planned{too_much}" '
-        f'style="width:{min(takes, 100 - held):.1f}%"></div></div></div>'
+        f'<div class="bar" role="img" aria-label="{escape(name)}: {label}">{"".join(fills)}</div>{takes}</div>'
     )
+
+
+def _plan_table(fit: Fit) -> str:
+    """The plan's numbers, folded."""
+    rows = []
+    for device in fit.plan.devices:
+        classes = ", ".join(
+            f"{field.name} {format_bytes(size)}"
+            for field in dataclasses.fields(device.classes)
+            if (size := getattr(device.classes, field.name))
+        )
+        rows.append((device.name, f"{device.total_bytes:,} bytes of {device.cap_bytes:,} allowed. Weights: {classes}"))
+    layers = len(fit.plan.device_map)
+    if layers > 1:
+        rows.append(("Layers", f"{layers} modules placed one by one"))
+    return f'<details class="plan"><summary>The plan</summary>{_table(rows)}</details>'
 
 
 def code_list(view: View) -> str:

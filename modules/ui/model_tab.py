@@ -17,6 +17,7 @@ from modules.ui import cards
 from modules.ui.form import Form, build_form, form_updates, form_values, group_updates, widget_value
 
 POLL_S = 0.25
+MOST_WAYS = 4
 PRIVATE = {"api_visibility": "private"}
 QUIET = {"show_progress": "hidden", **PRIVATE}
 
@@ -40,6 +41,8 @@ class ModelTab:
     fix: gr.Button
     allow_code: gr.Button
     stretch: gr.Button
+    ways: tuple[gr.Button, ...]
+    anyway: gr.Button
     summary: gr.HTML
     fit: gr.HTML
     card: gr.HTML
@@ -53,7 +56,7 @@ class ModelTab:
     @property
     def follows_view(self) -> list[Any]:
         """What :func:`view_updates` updates."""
-        return [self.summary, self.fit, self.code, self.stretch, *self.form.widgets]
+        return [self.summary, self.fit, self.code, self.stretch, *self.ways, self.anyway, *self.form.widgets]
 
 
 def build(service: Service) -> ModelTab:
@@ -83,10 +86,15 @@ def build(service: Service) -> ModelTab:
             fix = gr.Button("", variant="primary", size="sm", visible="hidden", elem_id="fix")
             allow = gr.Button("Allow these files and load", size="sm", visible="hidden", elem_id="allow-code")
             fit = gr.HTML(elem_id="fit", padding=False)
+            ways = tuple(
+                gr.Button("", size="sm", visible="hidden", elem_id=f"way-{place}", elem_classes="way")
+                for place in range(MOST_WAYS)
+            )
+            anyway = gr.Button("Load anyway", size="sm", variant="stop", visible="hidden", elem_id="anyway")
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
         model, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
-        fix, allow, stretch, summary, fit, card, code,
+        fix, allow, stretch, ways, anyway, summary, fit, card, code,
     )  # fmt: skip
 
 
@@ -107,8 +115,19 @@ def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bo
         cards.fit_card(view, service.measure()),
         cards.code_list(view),
         stretch,
+        *_way_updates(view),
         *form_updates(tab.form, view, with_values=with_values),
     ]
+
+
+def _way_updates(view: View) -> list[Any]:
+    """The ways that would make it fit, a button each; and the button to load anyway, which says what it risks."""
+    plan = view.fit.plan if view.fit else None
+    texts = [suggestion.text for suggestion in plan.suggestions if suggestion.options] if plan else []
+    updates = [gr.update(visible=True, value=text) for text in texts[:MOST_WAYS]]
+    updates += [gr.update(visible="hidden", value="")] * (MOST_WAYS - len(updates))
+    risk = "Load anyway: memory may run out, then the model's process ends and the page stays"
+    return [*updates, gr.update(visible=True if plan and not plan.fits else "hidden", value=risk)]
 
 
 def state_updates(snapshot: Snapshot) -> list[Any]:
@@ -189,9 +208,9 @@ def refused_updates(service: Service, error: LoadstoneError) -> list[Any]:
     return updates
 
 
-def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> Iterator[list[Any]]:
+def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any, anyway: bool = False) -> Iterator[list[Any]]:
     try:
-        service.load(model or "", form_values(tab.form, raw))
+        service.load(model or "", form_values(tab.form, raw), anyway=anyway)
     except LoadstoneError as error:
         yield refused_updates(service, error)
         return
@@ -233,6 +252,16 @@ def _stretched(tab: ModelTab, service: Service, model: str | None, *raw: Any) ->
     view = service.view(model or "", values)
     if view.facts and view.facts.context_tokens:
         values["alpha_value"] = alpha_for(view.context_tokens / view.facts.context_tokens)
+    return view_updates(tab, service, service.view(model or "", values), with_values=True)
+
+
+def _take_way(tab: ModelTab, service: Service, place: int, model: str | None, *raw: Any) -> list[Any]:
+    """The form with the changes of one suggestion."""
+    values = form_values(tab.form, raw)
+    view = service.view(model or "", values)
+    ways = [suggestion for suggestion in view.fit.plan.suggestions if suggestion.options] if view.fit else []
+    if place < len(ways):
+        values.update(ways[place].options)
     return view_updates(tab, service, service.view(model or "", values), with_values=True)
 
 
@@ -328,6 +357,9 @@ def wire(tab: ModelTab, service: Service) -> None:
     tab.allow_code.click(partial(_allow_code, service), tab.model, None, **QUIET).then(
         bound[_load], inputs, tab.follows_state, **QUIET
     )
+    for place, way in enumerate(tab.ways):
+        way.click(partial(_take_way, tab, service, place), inputs, tab.follows_view, **QUIET)
+    tab.anyway.click(partial(_load, tab, service, anyway=True), inputs, tab.follows_state, **QUIET)
     tab.stretch.click(bound[_stretched], inputs, tab.follows_view, **QUIET)
     tab.save.click(bound[_save], inputs, tab.follows_view, **QUIET)
     tab.forget.click(bound[_forget], tab.model, tab.follows_view, **QUIET)

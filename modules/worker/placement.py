@@ -43,6 +43,8 @@ class Sizes:
 def placement(order: LoadOrder, device: DeviceFacts, sizes: Sizes, quantizes: bool) -> dict[str, Any]:
     """The kwargs that say where layers go. Raises OutOfMemory where they plainly fit nowhere that is allowed."""
     options = order.options
+    if order.device_map:
+        return _planned(order)
     if device.gpus == 0 and (quantizes or not (options.disk or options.cpu_memory)):
         # bitsandbytes converts everything under this map; layers on disk it would leave as they are.
         return {"device_map": {"": "cpu"}}
@@ -55,6 +57,20 @@ def placement(order: LoadOrder, device: DeviceFacts, sizes: Sizes, quantizes: bo
     if options.disk:
         arguments["offload_folder"] = order.offload_dir
     return arguments
+
+
+def _planned(order: LoadOrder) -> dict[str, Any]:
+    """The planner's device map, as from_pretrained takes it: GPUs by number."""
+    places = {module: int(place) if place.isdigit() else place for module, place in order.device_map.items()}
+    folder = {"offload_folder": order.offload_dir} if "disk" in places.values() else {}
+    return {"device_map": places, **folder}
+
+
+def spills(order: LoadOrder, device: DeviceFacts) -> bool:
+    """Whether layers may lie in RAM or on disk beside a GPU, by the plan, or where there is none by the options."""
+    if order.device_map:
+        return device.gpus > 0 and any(not place.isdigit() for place in order.device_map.values())
+    return offloads(order.options, device)
 
 
 def offloads(options: LoadOptions, device: DeviceFacts) -> bool:

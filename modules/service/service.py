@@ -6,11 +6,9 @@ what was saved the settings'. Every method may be called from any thread.
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,30 +25,14 @@ from modules.options import (
     check,
     context_tokens,
 )
-from modules.planner import Estimate, estimate, fits_beside
-from modules.protocol import ChatMessages, Chunk, CountOrder, Done, Failed, GenerateOrder, LoadOrder, Piece
+from modules.protocol import ChatMessages, Chunk, CountOrder, GenerateOrder, LoadOrder
+from modules.service.fit import fit_of, refusal
+from modules.service.pump import Pump
+from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
 from modules.supervisor import Snapshot, Supervisor
 
-log = logging.getLogger(__name__)
-
 Source = Literal["page", "api", "command line"]
-
-
-@dataclass(frozen=True)
-class View:
-    """One model with the options that a load would get now, and what can be said of it before loading."""
-
-    name: str
-    facts: ModelFacts | None
-    options: LoadOptions
-    origin: Mapping[str, str]  # option → the layer that its value came from
-    reasons: Mapping[str, str]  # option → why it does not apply; only those
-    notes: tuple[str, ...] = ()
-    problem: LoadstoneError | None = None  # what a load with these options would be refused for
-    estimate: Estimate | None = None
-    context_tokens: int = 0
-    code_allowed: bool = False
 
 
 class Service:
@@ -65,6 +47,7 @@ class Service:
         measure: Callable[[], Machine],
         *,
         cache_dir: Path,
+        quantized_cache: bool = False,
         flags: Mapping[str, Any] | None = None,
         generation_flags: Mapping[str, Any] | None = None,
     ) -> None:
@@ -74,6 +57,7 @@ class Service:
         self.supervisor = supervisor
         self.measure = measure
         self._cache_dir = cache_dir
+        self._quantized_cache = quantized_cache
         self._flags = {name: value for name, value in (flags or {}).items() if name != "model"}
         self._generation_flags = dict(generation_flags or {})
         self.preselected = str((flags or {}).get("model", ""))
@@ -129,7 +113,7 @@ class Service:
         return View(
             name, facts, options, resolved.origin, self._reasons(facts, options),
             notes=(*dropped, *notes), problem=found, context_tokens=tokens,
-            estimate=estimate(facts, options, tokens, self.measure()) if facts else None,
+            fit=fit_of(facts, options, tokens, self.measure(), self.snapshot().loaded) if facts else None,
             code_allowed=bool(facts and self._code_allowed(facts, resolved)),
         )  # fmt: skip
 
@@ -179,8 +163,14 @@ class Service:
 
     # --- loading ---
 
-    def order(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> LoadOrder:
-        """The order for one load. Raises what a load would be refused for before it starts."""
+    def order(
+        self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page", *, anyway: bool = False
+    ) -> LoadOrder:
+        """The order for one load. Raises what a load would be refused for before it starts.
+
+        ``anyway``: where the plan says that the model does not fit, let the libraries place its layers and risk
+        that memory runs out.
+        """
         if not name:
             raise ModelNotFound("No model is chosen.", "Choose one in the menu.")
         view = self.view(name, form, source)
@@ -194,11 +184,17 @@ class Service:
         if asked and source != "command line" and facts.code_files and not view.code_allowed:
             raise _code_refused(facts)
         self._require_packages(facts, view.options)
+        if view.fit is None:
+            raise AssertionError("a model with facts has a plan")
+        if not view.fit.fits and not anyway:
+            raise refusal(view.fit)
         return LoadOrder(
             name=facts.model.name, path=str(facts.model.path), file_format=facts.model.file_format,
             task=facts.task, quantization=facts.quantization, options=view.options,
             ctx_tokens=view.context_tokens, offload_dir=view.options.disk_cache_dir or str(self._cache_dir / "offload"),
             cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
+            device_map=dict(view.fit.plan.device_map) if view.fit.fits else {},
+            quantized_cache=self._quantized_cache,
         )  # fmt: skip
 
     def _require_packages(self, facts: ModelFacts, options: LoadOptions) -> None:
@@ -212,13 +208,14 @@ class Service:
                     f"Install with: pip install {' '.join(packages.EXTRAS[feature])}",
                 )
 
-    def load(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> None:
+    def load(
+        self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page", *, anyway: bool = False
+    ) -> None:
         """Start loading; returns at once. Raises what is known to be wrong beforehand, or Busy."""
-        order = self.order(name, form, source)
-        view = self.view(name, form, source)
+        order = self.order(name, form, source, anyway=anyway)
+        fit = self.view(name, form, source).fit
         self.start_error = None
-        beside = view.estimate is not None and fits_beside(view.estimate, self.measure())
-        self.supervisor.load(order, beside=beside)
+        self.supervisor.load(order, beside=fit is not None and fit.beside)
 
     def unload(self) -> None:
         self.supervisor.unload()
@@ -267,61 +264,10 @@ class Service:
         """
         chat: ChatMessages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
         order = GenerateOrder(self._generation(values), chat, prompt, continue_last)
-        yield from _Pump(self.supervisor, order, stopped or threading.Event()).chunks()
+        yield from Pump(self.supervisor, order, stopped or threading.Event()).chunks()
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]] = (), prompt: str = "") -> int:
         return self.supervisor.count(CountOrder(tuple(dict(m) for m in messages), prompt))
-
-
-class _Pump:
-    """Moves chunks from the supervisor to the caller, so that a stop is answered while a long prompt is read."""
-
-    def __init__(self, supervisor: Supervisor, order: GenerateOrder, stopped: threading.Event) -> None:
-        self._chunks: queue.SimpleQueue[Chunk | LoadstoneError | None] = queue.SimpleQueue()
-        self._stopped = stopped
-        self._thread = threading.Thread(target=self._run, args=(supervisor, order), daemon=True, name="generate")
-
-    def _run(self, supervisor: Supervisor, order: GenerateOrder) -> None:
-        try:
-            source = supervisor.generate(order)
-            for chunk in source:
-                self._chunks.put(chunk)
-                if self._stopped.is_set():
-                    break
-        except LoadstoneError as error:
-            self._chunks.put(error)
-        except Exception as error:
-            log.exception("a generation failed")
-            self._chunks.put(LoadstoneError(f"{type(error).__name__}: {error}"))
-        finally:
-            self._chunks.put(None)
-
-    def chunks(self) -> Iterator[Chunk]:
-        self._thread.start()
-        tokens = 0
-        try:
-            while True:
-                try:
-                    chunk = self._chunks.get(timeout=0.05)
-                except queue.Empty:
-                    if not self._stopped.is_set():
-                        continue
-                    yield Done("cancelled", 0, tokens, 0.0, 0.0)
-                    return
-                if chunk is None:
-                    if self._stopped.is_set():
-                        yield Done("cancelled", 0, tokens, 0.0, 0.0)
-                    return
-                if isinstance(chunk, LoadstoneError):
-                    raise chunk
-                if isinstance(chunk, Failed):
-                    raise chunk.error
-                tokens = chunk.tokens if isinstance(chunk, Piece) else tokens
-                yield chunk
-                if isinstance(chunk, Done):
-                    return
-        finally:
-            self._stopped.set()
 
 
 def _code_refused(facts: ModelFacts) -> CustomCodeRefused:

@@ -1,0 +1,7 @@
+"""What a user can do, once. The page, the API and the command line are thin skins over this."""
+
+from modules.service.fit import Fit
+from modules.service.service import Service, Source
+from modules.service.view import View
+
+__all__ = ["Fit", "Service", "Source", "View"]

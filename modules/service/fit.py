@@ -1,0 +1,79 @@
+"""The plan of a load beside what is loaded now: whether the old model can stay until the new one is ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from modules.devices import Machine
+from modules.errors import OutOfMemory
+from modules.library import ModelFacts
+from modules.options import LoadOptions
+from modules.planner import Plan, plan
+from modules.supervisor import Loaded
+from modules.units import format_bytes
+
+_BESIDE_SHARE = 0.9  # of what is free may be planned for a second model: the first one's context may still grow
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``plan`` is for the machine as it will be when the model loads. ``beside``: the old model stays meanwhile."""
+
+    plan: Plan
+    beside: bool = False
+    ends_first: str = ""  # the model that is unloaded first to make room
+
+    @property
+    def fits(self) -> bool:
+        return self.plan.fits
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: it fits, and what more would; or what is missing where."""
+        if not self.fits:
+            return f"Too large: {format_bytes(self.plan.missing_bytes)} more are needed on {self.plan.missing_on}."
+        spare = self.plan.spare_context_tokens
+        more = f" Up to {spare:,} tokens of context would fit too." if spare else ""
+        first = f" {self.ends_first} is unloaded first." if self.ends_first else ""
+        return f"Fits.{first}{more}"
+
+
+def fit_of(facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Loaded | None) -> Fit:
+    """The plan beside ``loaded`` where that surely fits, else the plan for when ``loaded`` has ended."""
+    if loaded is None:
+        return Fit(plan(facts, options, machine, ctx_tokens=ctx_tokens))
+    beside = plan(facts, options, _with_less(machine), ctx_tokens=ctx_tokens)
+    if beside.fits:
+        return Fit(beside, beside=True)
+    alone = plan(facts, options, without(machine, loaded), ctx_tokens=ctx_tokens)
+    return Fit(alone, ends_first=loaded.order.name if loaded.order.name != facts.model.name else "")
+
+
+def without(machine: Machine, loaded: Loaded) -> Machine:
+    """The machine as it were if ``loaded`` had ended."""
+    held = dict(enumerate(loaded.memory_at_load.gpu_bytes))
+    gpus = tuple(
+        replace(gpu, free_bytes=min(gpu.total_bytes, gpu.free_bytes + held.get(place, 0)))
+        for place, gpu in enumerate(machine.gpus)
+    )
+    ram = min(machine.ram_total_bytes, machine.ram_free_bytes + loaded.memory_at_load.rss_bytes)
+    return replace(machine, gpus=gpus, ram_free_bytes=ram)
+
+
+def _with_less(machine: Machine) -> Machine:
+    gpus = tuple(replace(gpu, free_bytes=int(gpu.free_bytes * _BESIDE_SHARE)) for gpu in machine.gpus)
+    return replace(machine, gpus=gpus, ram_free_bytes=int(machine.ram_free_bytes * _BESIDE_SHARE))
+
+
+def refusal(fit: Fit) -> OutOfMemory:
+    """What a load that cannot fit is refused with: what is missing, what would help, the first of it as a fix."""
+    plan_ = fit.plan
+    device = next((device for device in plan_.devices if device.name == plan_.missing_on), plan_.devices[0])
+    ways = [suggestion.text for suggestion in plan_.suggestions]
+    fix = next((suggestion.options for suggestion in plan_.suggestions if suggestion.options), {})
+    return OutOfMemory(
+        f"{plan_.model} does not fit: {format_bytes(plan_.missing_bytes)} are missing on {device.name} "
+        f"({format_bytes(device.total_bytes)} needed, {format_bytes(device.cap_bytes)} allowed).",
+        " Or: ".join(ways) if ways else "",
+        fix=fix,
+    )
