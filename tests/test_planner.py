@@ -166,7 +166,14 @@ def test_ways_to_fit_do_fit_and_say_their_price(llama_70b: Checkpoint) -> None:
 def test_the_first_word_is_what_costs_least() -> None:
     """In order: unload, take what is free, bfloat16, a shorter context, 8-bit, 4-bit, layers elsewhere."""
     checkpoint = read_checkpoint(planner_checkpoints.checkpoint("llama"))
-    small = Calibration(ram_fixed_bytes=0, hidden_copies=0, inner_copies=0, logits_copies=0, tensors_in_flight=0)
+    small = Calibration(
+        ram_fixed_bytes=0,
+        bitsandbytes_ram_bytes=0,
+        hidden_copies=0,
+        inner_copies=0,
+        logits_copies=0,
+        tensors_in_flight=0,
+    )
     weights = plan(checkpoint, LoadOptions(bf16=True), machine(ram=1), ctx_tokens=64).weights_bytes
     tight = machine(ram=weights * 1.2 / GIB)
     refused = plan(checkpoint, LoadOptions(), tight, ctx_tokens=64, calibration=small, freed=machine(ram=1))
@@ -217,7 +224,7 @@ def test_sliding_layers_keep_their_window_alone() -> None:
 
 def test_measured_numbers_are_data(llama_70b: Checkpoint) -> None:
     usual = plan(llama_70b, LoadOptions(), machine(80, 80), ctx_tokens=4096)
-    measured = Calibration(gpu_fixed_bytes=DEFAULT.gpu_fixed_bytes + 2**20, ram_fixed_bytes=1)
+    measured = Calibration(gpu_fixed_bytes=DEFAULT.gpu_fixed_bytes + 2**20, ram_beside_gpu_bytes=1)
     other = plan(llama_70b, LoadOptions(), machine(80, 80), ctx_tokens=4096, calibration=measured)
     assert other.devices[0].fixed_bytes == usual.devices[0].fixed_bytes + 2**20
     assert other.devices[-1].fixed_bytes == 1

@@ -101,7 +101,12 @@ def test_what_is_missing_would_do(loads: list[Load], rooms: Rooms) -> None:
 GIB = 2**30
 NAMES = ("llama", "llama-tied", "qwen3-moe", "gemma3", "gpt2", "t5", "bart", "deepseek-v3")
 TINY = Calibration(
-    gpu_fixed_bytes=20_000, ram_fixed_bytes=10_000, hidden_copies=1, inner_copies=0, tensors_in_flight=0.1
+    gpu_fixed_bytes=20_000,
+    ram_fixed_bytes=10_000,
+    ram_beside_gpu_bytes=10_000,
+    hidden_copies=1,
+    inner_copies=0,
+    tensors_in_flight=0.1,
 )
 CAPS = st.integers(30_000, 1_500_000)
 OPTIONS = st.builds(

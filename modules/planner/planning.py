@@ -9,9 +9,9 @@ from modules.devices import Machine
 from modules.library import ModelFacts
 from modules.options import LoadOptions
 from modules.planner.checkpoint import Checkpoint, from_facts
-from modules.planner.devices import DISK, DevicePlan
+from modules.planner.devices import CPU, DISK, DevicePlan
 from modules.planner.formats import Precision
-from modules.planner.memory import DEFAULT, Calibration
+from modules.planner.memory import DEFAULT, Calibration, arriving_bytes
 from modules.planner.solving import Answer, Question, solve
 from modules.planner.suggestions import Suggestion, spare_context, suggestions
 from modules.units import format_bytes
@@ -80,7 +80,7 @@ def plan(
         model=checkpoint.name,
         fits=answer.fits,
         weights_bytes=sum(device.weights_bytes for device in answer.devices),
-        peak_bytes=sum(device.total_bytes for device in answer.devices if device.key != DISK),
+        peak_bytes=_peak(question, answer),
         missing_bytes=answer.placement.missing_bytes,
         missing_on=next((d.name for d in answer.devices if d.key == answer.placement.missing_on), ""),
         device_map=answer.device_map,
@@ -91,6 +91,19 @@ def plan(
         exact=answer.layout.exact,
         notes=tuple(_notes(question, answer)),
     )
+
+
+def _peak(question: Question, answer: Answer) -> int:
+    """What all devices but the disk hold at most: at a full context, or while weights are converted in RAM."""
+    in_use = sum(device.total_bytes for device in answer.devices if device.key != DISK)
+    checkpoint, precision = question.checkpoint, answer.precision
+    converted = bool(precision.quantization) or precision.dtype != checkpoint.stored_dtype
+    if answer.rooms.gpus or checkpoint.quantization or not converted:
+        return in_use
+    (ram,) = (device for device in answer.devices if device.key == CPU)
+    mapped = int(checkpoint.size_bytes * question.calibration.mapped_share)
+    arriving = arriving_bytes(answer.layout, precision, question.calibration)
+    return max(in_use, ram.weights_bytes + ram.fixed_bytes + mapped + arriving)
 
 
 def _notes(question: Question, answer: Answer) -> list[str]:

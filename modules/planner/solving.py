@@ -113,9 +113,12 @@ def solve(question: Question) -> Answer:
     gpus = 0 if options.cpu else len(question.machine.gpus)
     precision = precision_for(checkpoint, options, gpus)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options.attn_implementation)
+    process = calibration.ram_beside_gpu_bytes if gpus else calibration.ram_fixed_bytes
+    if not gpus and (question.quantizes or checkpoint.quantization == "bitsandbytes"):
+        process += calibration.bitsandbytes_ram_bytes
     room = rooms(
         question.machine, options, working_bytes=working,
-        gpu_fixed_bytes=calibration.gpu_fixed_bytes, ram_fixed_bytes=calibration.ram_fixed_bytes,
+        gpu_fixed_bytes=calibration.gpu_fixed_bytes, ram_fixed_bytes=process,
         # A checkpoint that bitsandbytes quantized is refused with layers beside the GPU.
         may_offload=checkpoint.quantization != "bitsandbytes", quantizes=question.quantizes,
     )  # fmt: skip

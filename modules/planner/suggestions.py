@@ -179,4 +179,8 @@ def _kept_elsewhere(question: Question, **changes: Any) -> Iterator[Suggestion]:
     places = [f"{count} of {answer.layout.layers} layers {where}" for where, count in
               (("in RAM", away[CPU]), ("on disk", away[DISK])) if count]  # fmt: skip
     kept = " and ".join(places) or "a part of the model in RAM"
-    yield Suggestion(f"Keep {kept}: each token then takes {seconds:.1f} s longer, or more.", changes)
+    yield Suggestion(f"Keep {kept}: each token then takes {_duration(seconds)} longer, or more.", changes)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{max(1, round(1000 * seconds))} ms"
