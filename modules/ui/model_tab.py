@@ -348,9 +348,11 @@ def wire(tab: ModelTab, service: Service) -> None:
         bound[_changed], inputs, tab.follows_view, trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     submits = [field.submit for field in tab.form.widgets if hasattr(field, "submit")]
-    gr.on([tab.load.click, *submits], bound[_load], inputs, tab.follows_state, **QUIET)
+    acted = [gr.on([tab.load.click, *submits], bound[_load], inputs, tab.follows_state, **QUIET)]
     for button, action in ((tab.unload, service.unload), (tab.reload, service.reload), (tab.cancel, service.cancel)):
-        button.click(partial(_act, service, action), None, tab.follows_state, **QUIET)
+        acted.append(button.click(partial(_act, service, action), None, tab.follows_state, **QUIET))
+    for event in acted:  # what is free has changed
+        event.then(bound[_changed], inputs, tab.follows_view, **QUIET)
     tab.fix.click(bound[_fixed], inputs, tab.form.widgets, **QUIET).then(
         bound[_load], inputs, tab.follows_state, **QUIET
     )
