@@ -2,7 +2,6 @@
 
 from modules.planner.checkpoint import Checkpoint, from_facts, read_checkpoint
 from modules.planner.devices import DevicePlan
-from modules.planner.estimate import Estimate, estimate, fits_beside, kv_cache_bytes
 from modules.planner.memory import DEFAULT, Calibration
 from modules.planner.planning import Plan, plan
 from modules.planner.suggestions import Suggestion
@@ -12,13 +11,9 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "DevicePlan",
-    "Estimate",
     "Plan",
     "Suggestion",
-    "estimate",
-    "fits_beside",
     "from_facts",
-    "kv_cache_bytes",
     "plan",
     "read_checkpoint",
 ]

@@ -26,7 +26,8 @@ from modules.options import (
     context_tokens,
 )
 from modules.protocol import ChatMessages, Chunk, CountOrder, GenerateOrder, LoadOrder
-from modules.service.fit import fit_of, refusal
+from modules.service.badges import Badges
+from modules.service.fit import fit_of, refusal, without
 from modules.service.pump import Pump
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
@@ -56,6 +57,7 @@ class Service:
         self.approvals = approvals
         self.supervisor = supervisor
         self.measure = measure
+        self._badges = Badges(library)
         self._cache_dir = cache_dir
         self._quantized_cache = quantized_cache
         self._flags = {name: value for name, value in (flags or {}).items() if name != "model"}
@@ -67,6 +69,11 @@ class Service:
 
     def models(self) -> list[Model]:
         return self.library.models()
+
+    def badges(self) -> dict[str, str]:
+        """Model name → whether it would fit this machine if nothing else were loaded: ``fits in 4-bit``."""
+        machine, loaded = self.measure(), self.snapshot().loaded
+        return self._badges.all(without(machine, loaded) if loaded else machine)
 
     def find(self, name: str, source: Source = "page") -> Model:
         """The model of that name; a path is taken from the command line only. Raises ModelNotFound."""

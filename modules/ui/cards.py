@@ -255,7 +255,7 @@ def summary(view: View) -> str:
     """The line under the model menu: ``135 M · bf16 · 269 MB · 8k context``."""
     if not view.name:
         return '<div class="small">Choose a model, or put one under models/.</div>'
-    text = view.facts.summary() if view.facts else ""
+    text = view.facts.summary() if view.facts else view.problem.title if view.problem else ""
     origins = sorted({o for o in view.origin.values() if o not in ("default", "form")})
     source = f" · options from {', '.join(origins)}" if origins else ""
     return f'<div class="small summary" data-model="{escape(view.name)}">{escape(text + source)}</div>'

@@ -162,6 +162,12 @@ def model_choices(service: Service) -> list[str]:
     return [model.name for model in service.models()]
 
 
+def _labelled(service: Service, names: list[str]) -> list[tuple[str, str]]:
+    """The menu's entries: each name with its badge."""
+    badges = service.badges()
+    return [(f"{name} · {badges[name]}" if name in badges else name, name) for name in names]
+
+
 # --- what a click does ---
 
 
@@ -296,7 +302,7 @@ def _import(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
 
 def _refresh(service: Service, model: str | None) -> Any:
     choices = model_choices(service)
-    return gr.update(choices=choices, value=model if model in choices else None)
+    return gr.update(choices=_labelled(service, choices), value=model if model in choices else None)
 
 
 def opened(tab: ModelTab, service: Service, remembered: dict[str, Any]) -> list[Any]:
@@ -314,7 +320,7 @@ def opened(tab: ModelTab, service: Service, remembered: dict[str, Any]) -> list[
     chosen = next((name for name in wanted if name in choices), choices[0] if len(choices) == 1 else None)
     plan = service.settings.importable(choices)
     return [
-        gr.update(choices=choices, value=chosen),
+        gr.update(choices=_labelled(service, choices), value=chosen),
         gr.update(value=bool((remembered or {}).get("autoload"))),
         gr.update(visible=True if plan.values else "hidden"),
         *_show_selected(tab, service, chosen),

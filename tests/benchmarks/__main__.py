@@ -8,7 +8,7 @@ import sys
 
 from tests.benchmarks.common import Row
 
-NAMES = ("start", "listing", "load", "stream")
+NAMES = ("start", "listing", "plan", "load", "repeat", "stream")
 
 
 def main() -> int:

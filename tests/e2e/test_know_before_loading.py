@@ -71,6 +71,12 @@ def test_one_click_makes_it_fit(launch: Callable[..., Server], open_page: Callab
     expect(page.locator("#card")).to_contain_text("Linear4bit")
 
 
+def test_the_menu_says_what_fits(launch: Callable[..., Server], open_page: Callable[..., Page], home: Path) -> None:
+    (home / "models" / "empty").mkdir()
+    page = open_page(launch("--no-warm-worker"))
+    expect(page.locator("#model input")).to_have_value(f"{NAME} · fits", timeout=10_000)
+
+
 def test_load_anyway_is_there(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
     server = launch("--no-warm-worker", "--cpu-memory", "0.6")
     page = open_page(server)

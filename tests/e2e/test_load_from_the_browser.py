@@ -19,9 +19,9 @@ def select_model(page: Page, name: str = NAME) -> None:
     """Choose a model in the menu, as a person would: only if another one is chosen, and look at what it is."""
     expect(page.locator("#status")).not_to_be_empty()
     menu = page.locator("#model input")
-    if menu.input_value() != name:
+    if not menu.input_value().startswith(f"{name} · "):
         menu.click()
-        page.get_by_role("option", name=name, exact=True).click()
+        page.get_by_role("option", name=re.compile(rf"^{re.escape(name)} · ")).click()
     expect(page.locator(f"#summary [data-model='{name}']")).to_be_visible(timeout=10_000)
     expect(page.locator("#load")).to_be_enabled()
 
