@@ -252,7 +252,7 @@ def _write(model: Any, order: LoadOrder, place: Place) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with _settings_untouched(model):
-            # Names as the model has them: the way back to the original ones may split what is quantized.
+            # Names as the model has them: from_pretrained takes them too, and turning them back may not be defined.
             model.save_pretrained(str(aside), max_shard_size=_SHARD, save_original_format=False)
         for name in _SOURCE_SETTINGS:
             (aside / name).unlink(missing_ok=True)
