@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from modules import flags
 from modules.errors import LoadstoneError
-from modules.options import CommandOptions, ServerOptions
+from modules.options import ServerOptions
 
 if TYPE_CHECKING:
     from modules.service import Service
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         service, server = prepare(parsed)
         try:
-            return _run(service, server, parsed.command_options())
+            return _run(service, server, parsed)
         finally:
             service.supervisor.close()
     except LoadstoneError as error:
@@ -81,14 +81,15 @@ def _log_to_stderr(*, verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _run(service: Service, server: ServerOptions, command: CommandOptions) -> int:
+def _run(service: Service, server: ServerOptions, parsed: flags.Parsed) -> int:
     from modules import commands
 
+    command = parsed.command_options()
     if command.check:
         return commands.check(service)
     if command.plan:
         return commands.print_plan(service, as_json=command.json)
-    if command.prompt:
+    if "prompt" in parsed.command:  # given, if only as an empty text
         return commands.prompt(service, command.prompt, raw=command.raw_prompt, anyway=command.load_anyway)
     from modules import web
 
@@ -102,9 +103,8 @@ def _run(service: Service, server: ServerOptions, command: CommandOptions) -> in
 def _load_at_start(service: Service, *, anyway: bool) -> None:
     """A model that cannot be loaded does not keep the page from opening: the error is on it."""
     try:
-        service.load(service.preselected, source="command line", anyway=anyway)
+        service.load_at_start(anyway=anyway)
     except LoadstoneError as error:
-        service.start_error = error
         log.error("%s: %s", service.preselected, error)
 
 

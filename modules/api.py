@@ -6,11 +6,12 @@ from typing import Any
 from zlib import crc32
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from modules.errors import InternalError, LoadstoneError, OptionError
-from modules.options import LOAD_OPTIONS, Spec, find
+from modules.options import LOAD_OPTIONS
 from modules.service import Service
 from modules.supervisor import Snapshot, State
 
@@ -30,12 +31,31 @@ class LoadBody(BaseModel):
 def install(app: FastAPI, service: Service) -> None:
     """Add the routes and the error answers to ``app``."""
     app.include_router(_router(service))
-    app.add_exception_handler(LoadstoneError, _answer_error)
+    for raised in (LoadstoneError, RequestValidationError, Exception):
+        app.add_exception_handler(raised, _answer_error)
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    known = error if isinstance(error, LoadstoneError) else InternalError(str(error))
+    """Every error as JSON of one form. What nobody foresaw is logged by the server, traceback and all."""
+    known = _typed(error)
     return JSONResponse({"error": known.to_dict()}, status_code=known.status)
+
+
+def _typed(error: Exception) -> LoadstoneError:
+    if isinstance(error, LoadstoneError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _bad_body(error)
+    return InternalError(f"{type(error).__name__}: {error}", "The server's log tells more; please report it.")
+
+
+def _bad_body(error: RequestValidationError) -> OptionError:
+    """What of the body is wrong, each part by its name: ``model_name: Field required``."""
+    parts = [(".".join(str(step) for step in one["loc"][1:]), one["msg"]) for one in error.errors()]
+    said = "; ".join(f"{where}: {what}" if where else what for where, what in parts)
+    return OptionError(
+        f"The request's body cannot be used: {said}.", f"It is a JSON object of {', '.join(LoadBody.model_fields)}."
+    )
 
 
 def _router(service: Service) -> APIRouter:
@@ -59,7 +79,7 @@ def _router(service: Service) -> APIRouter:
 
     @router.post("/v1/internal/model/load")
     def load(body: LoadBody) -> dict[str, Any]:
-        service.load(body.model_name, _from_http(body.args), source="api", anyway=body.anyway)
+        service.load(body.model_name, body.args, source="api", anyway=body.anyway)
         if not body.wait:
             return describe(service.snapshot())
         snapshot = service.supervisor.wait_loaded()
@@ -73,17 +93,6 @@ def _router(service: Service) -> APIRouter:
         return describe(service.snapshot())
 
     return router
-
-
-def _from_http(values: dict[str, Any]) -> dict[str, Any]:
-    """The values parsed; options that choose paths of this machine are refused by name."""
-    parsed = {}
-    for name, value in values.items():
-        spec: Spec = find(LOAD_OPTIONS, name)
-        if spec.local_only and spec.name != "trust_remote_code":
-            raise OptionError(f"{spec.flag} can only be given on the command line or in settings.yaml.")
-        parsed[spec.name] = spec.parse(value)
-    return parsed
 
 
 def brief(snapshot: Snapshot) -> dict[str, Any]:
@@ -112,6 +121,6 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "device_bytes": loaded.report.device_bytes if loaded else {},
         "footprint_bytes": loaded.report.footprint_bytes if loaded else None,
         "layer_classes": loaded.report.layer_classes if loaded else {},
-        "notes": list(snapshot.notes),
+        "notes": [*(loaded.report.notes if loaded else ()), *snapshot.notes],
         "error": snapshot.error.to_dict() if snapshot.error else None,
     }

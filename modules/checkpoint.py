@@ -6,9 +6,11 @@ would find after a minute.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -133,6 +135,21 @@ def read_json(path: Path, absent: type[BrokenCheckpoint] = BrokenCheckpoint) -> 
     if not isinstance(data, dict):
         raise BrokenCheckpoint(f"{path.name} in {path.parent.name} holds no JSON object.")
     return data
+
+
+def python_files(folder: Path) -> Iterator[Path]:
+    """The Python files of a model's folder, in order, without those of hidden folders (caches)."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(files) if name.endswith(".py"))
+
+
+def code_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each Python file of a model's folder, by its name in there. Raises OSError."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in python_files(folder)
+    }
 
 
 def _check_tensors_are_there(index: Path, weight_map: Mapping[str, str]) -> None:

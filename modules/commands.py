@@ -27,11 +27,16 @@ def demo(models_dir: Path) -> str:
     return demo_model.bring(models_dir, say)
 
 
+def _model_for(flag: str, service: Service) -> str:
+    """The name of the model named at the start. Raises UserError where there is none, and ModelNotFound."""
+    if not service.preselected:
+        raise UserError(f"{flag} needs a model.", "Name one with --model, or use --demo.")
+    return service.start_model()
+
+
 def print_plan(service: Service, *, as_json: bool) -> int:
     """Print the plan for the model named at the start; 0 if it fits, else 2. Raises what is wrong with the options."""
-    if not service.preselected:
-        raise UserError("--plan needs a model.", "Name one with --model, or use --demo.")
-    view = service.view(service.preselected, source="command line")
+    view = service.view(_model_for("--plan", service), source="command line")
     if view.problem or view.fit is None:
         raise view.problem or UserError("There is nothing to plan.")
     plan = view.fit.plan
@@ -53,9 +58,9 @@ def print_plan(service: Service, *, as_json: bool) -> int:
 
 def prompt(service: Service, text: str, *, raw: bool, anyway: bool = False) -> int:
     """Load the model, print its answer to ``text``; the exit status. Raises what loading or generating raises."""
-    if not service.preselected:
-        raise UserError("--prompt needs a model.", "Name one with --model, or use --demo.")
-    service.load(service.preselected, source="command line", anyway=anyway)
+    if not text:
+        raise UserError("--prompt has no text.", "Give the text to answer in quotation marks.")
+    service.load(_model_for("--prompt", service), source="command line", anyway=anyway)
     snapshot = service.supervisor.wait_loaded()
     if snapshot.error or snapshot.loaded is None:
         raise snapshot.error or UserError("Nothing was loaded.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -132,9 +132,3 @@ def _help(spec: Spec) -> str:
         "on" if spec.default is True else "" if spec.default in (False, "", ()) else spec.default
     )
     return f"{spec.help}{f' (default: {default})' if default != '' else ''}".replace("%", "%%")
-
-
-def all_flags() -> Iterable[str]:
-    """Every spelling of every flag."""
-    for spec in _ALL.values():
-        yield from _spellings(spec)

@@ -55,8 +55,10 @@ class LoadOrder:
     offload_dir: str
     cache_dir: str  # for what is worth keeping between loads (a converted tokenizer)
     custom_code_allowed: bool = False
+    code_hashes: dict[str, str] = field(default_factory=dict)  # allowed are these Python files alone: name → SHA-256
     device_map: dict[str, str] = field(default_factory=dict)  # module → "cpu", "disk", GPU number; {}: no plan
     quantized_cache: bool = False  # read and keep quantized copies under cache_dir
+    notes: tuple[str, ...] = ()  # what was left out or has no effect; the report's notes begin with them
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
-from modules.flags import Help, Parsed, all_flags, parse
+from modules.flags import Help, Parsed, parse
 from modules.options import COMMAND_OPTIONS, GENERATION_OPTIONS, LOAD_OPTIONS, SERVER_OPTIONS, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,6 @@ def test_every_option_is_explained_in_the_help(table: str, spec: Spec) -> None:
 
 def test_names_of_options_are_used_once() -> None:
     assert len({name for table in TABLES.values() for name in table}) == sum(len(table) for table in TABLES.values())
-    assert len(set(all_flags())) == len(list(all_flags()))
 
 
 def test_only_what_was_given_is_there() -> None:

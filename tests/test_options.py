@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modules.errors import OptionConflict, OptionError
-from modules.flags import all_flags
 from modules.options import (
     COMMAND_OPTIONS,
     GENERATION_OPTIONS,
@@ -76,8 +75,7 @@ class TestTable:
         assert not spec.strict or spec.applies(Circumstances(model_chosen=True, quantization="gptq", has_rope=False))
 
     @every_option
-    def test_every_row_is_a_flag_and_a_setting(self, spec: Spec) -> None:
-        assert spec.flag in set(all_flags())
+    def test_every_row_is_a_setting_unless_it_says_what_to_do(self, spec: Spec) -> None:
         only_flags = {"model", "home", "settings", *COMMAND_OPTIONS}
         assert (spec.name in FILE_OPTIONS) == (spec.name not in only_flags)
 

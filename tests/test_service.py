@@ -17,7 +17,7 @@ from modules.errors import Busy, CustomCodeRefused, LoadstoneError, NothingLoade
 from modules.library import Library
 from modules.options import LOAD_OPTIONS, LoadOptions, Spec
 from modules.protocol import Done, Piece
-from modules.service import Service
+from modules.service import Service, Source
 from modules.settings import CodeApprovals, Settings
 from modules.supervisor import State, Supervisor
 
@@ -88,10 +88,11 @@ def test_every_option_reaches_the_order_from_every_source(make: Make, name: str,
     else:
         service = make()
     form = {name: value} if source == "form" else {}
-    view = service.view("demo", form)
+    by: Source = "command line" if spec.local_only else "page"
+    view = service.view("demo", form, by)
     assert view.origin[name] == source
     assert view.problem is None
-    assert getattr(service.order("demo", form).options, name) == value
+    assert getattr(service.order("demo", form, by).options, name) == value
 
 
 def test_the_form_wins_over_flag_over_saved_over_settings(make: Make) -> None:
@@ -227,6 +228,5 @@ def test_load_answer_stop_unload(make: Make) -> None:
         stopped.set()
     assert isinstance(got[-1], Done)
     assert got[-1].finish_reason == "cancelled"
-    assert service.count_tokens(prompt="one two three") == 3
     service.unload()
     assert service.snapshot().loaded is None

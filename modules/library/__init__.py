@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from modules.checkpoint import WEIGHT_FILES
+from modules.checkpoint import WEIGHT_FILES, python_files
 from modules.errors import BrokenCheckpoint, ModelNotFound, NotAModel, UnsupportedModel
-from modules.library.facts import CodeFile, ModelFacts, python_files, read_facts
-from modules.library.scan import FileFormat, Model, Scanner
+from modules.library.facts import CodeFile, ModelFacts, read_facts
+from modules.library.scan import FileFormat, Model, Scanner, free_name
 from modules.library.tensors import TensorInfo
 
 __all__ = ["CodeFile", "FileFormat", "Library", "Model", "ModelFacts", "TensorInfo", "default_hf_cache"]
@@ -33,13 +33,33 @@ class Library:
         self.roots = tuple(Path(os.path.abspath(root)) for root in roots)
         self.hf_cache = hf_cache
         self._scanner = Scanner()
+        self._added: tuple[Model, ...] = ()
         self._facts: dict[Path, tuple[object, ModelFacts]] = {}
         self._lock = threading.Lock()
 
     def models(self) -> list[Model]:
         """Every model that can be offered, by name, whatever the case. Looks at the disk each time."""
         with self._lock:
-            return self._scanner.scan(self.roots, self.hf_cache)
+            return self._scan()
+
+    def _scan(self) -> list[Model]:
+        added = [model for model in self._added if os.path.lexists(model.path)]
+        return self._scanner.scan(self.roots, self.hf_cache, added)
+
+    def add(self, model: Model) -> Model:
+        """Offer a model that :meth:`find` took by its path from now on; the model as it is offered.
+
+        One that is offered already, or that lies in a root and is not offered, is left as it is.
+        """
+        with self._lock:
+            known = self._scan()
+            listed = next((other for other in known if other.path == model.path), None)
+            if listed is not None or model.root in self.roots:
+                return listed or model
+            name = free_name(model.name, model.root.name, {other.name: other for other in known})
+            added = replace(model, name=name)
+            self._added = (*self._added, added)
+            return added
 
     def find(self, name: str, *, allow_paths: bool = False) -> Model:
         """The model of that name, or the one in the roots that lies at that path. Raises ModelNotFound.

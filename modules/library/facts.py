@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoint import check_files, read_json, weight_files
+from modules.checkpoint import check_files, code_hashes, read_json, weight_files
 from modules.errors import BrokenCheckpoint, LoadstoneError, ModelNotFound, NotAModel, UnsupportedModel
 from modules.library import config as reading
 from modules.library.gguf_header import GgufHeader, read_header
@@ -187,20 +185,9 @@ def _code_files(folder: Path, *configs: Mapping[str, Any]) -> tuple[CodeFile, ..
     """
     if not any(reading.has_auto_map(config) for config in configs):
         return ()
-    own = [CodeFile(path.relative_to(folder).as_posix(), _sha256(path)) for path in python_files(folder)]
+    own = [CodeFile(name, sha256) for name, sha256 in code_hashes(folder).items()]
     foreign = sorted({reference for config in configs for reference in reading.foreign_code(config)})
     return (*own, *(CodeFile(reference, "") for reference in foreign))
-
-
-def python_files(folder: Path) -> Iterator[Path]:
-    """The Python files of a model's folder, in order, without those of hidden folders (caches)."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(files) if name.endswith(".py"))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _gguf_facts(model: Model) -> ModelFacts:

@@ -50,18 +50,19 @@ class Scanner:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, _Folder]] = {}
 
-    def scan(self, roots: Sequence[Path], hf_cache: Path | None) -> list[Model]:
-        """Every model under the roots and in the Hugging Face cache, by name, whatever the case.
+    def scan(self, roots: Sequence[Path], hf_cache: Path | None, named: Sequence[Model] = ()) -> list[Model]:
+        """Those ``named`` and every model under the roots and in the Hugging Face cache, by name, whatever the case.
 
         The first to have a name keeps it; a later one is called ``name (folder of its root)``.
         """
-        found: dict[str, Model] = {}
+        found = {model.name: model for model in named}
+        paths = {model.path for model in named}
         places = [(root.name, self._under(root)) for root in roots]
         if hf_cache is not None:
             places.append((HUB_CACHE, self._cached_hub(hf_cache)))
         for place, models in places:
-            for model in sorted(models, key=lambda model: model.name):
-                name = _free_name(model.name, place, found)
+            for model in sorted((model for model in models if model.path not in paths), key=lambda model: model.name):
+                name = free_name(model.name, place, found)
                 found[name] = Model(name, model.path, model.root, model.file_format)
         return sorted(found.values(), key=lambda model: (model.name.casefold(), model.name))
 
@@ -104,7 +105,7 @@ class Scanner:
                 yield from self._in_folder(str(snapshot), name, hf_cache, deeper=False)
 
 
-def _free_name(name: str, place: str, taken: Mapping[str, Model]) -> str:
+def free_name(name: str, place: str, taken: Mapping[str, Model]) -> str:
     """``name``, or with its place, or with a number too."""
     if name in taken:
         name = f"{name} ({place})"

@@ -133,8 +133,8 @@ class LoadOptions:
     )  # fmt: skip
     disk_cache_dir: str = option(
         "text", "", "Offload folder", "The folder for layers that are offloaded to disk.",
-        group="memory", default_help="models/.cache/offload", applies=_offloads, local_only=True,
-        effect="offload_folder",
+        group="memory", default_help="models/.cache/offload", applies=_offloads, in_form=False,
+        local_only=True, effect="offload_folder",
     )  # fmt: skip
     quant_type: str = option(
         "choice", "nf4", "4-bit type", "nf4 suits trained weights; fp4 is the older type.",
@@ -177,7 +177,7 @@ class LoadOptions:
     trust_remote_code: bool = option(
         "flag", False, "Allow custom code",
         "Run the Python files that the model's folder brings. Only for sources you trust.",
-        group="advanced", applies=_custom_code, local_only=True, effect="trust_remote_code=True",
+        group="advanced", applies=_custom_code, effect="trust_remote_code=True",
     )  # fmt: skip
     use_fast: bool = option(
         "flag", True, "Fast tokenizer", "Use the tokenizers library; off takes the SentencePiece or Python tokenizer.",
@@ -229,7 +229,12 @@ def check(options: LoadOptions, circumstances: Circumstances) -> tuple[str, ...]
         spec = LOAD_OPTIONS[name]
         if reason := spec.applies(circumstances):
             if spec.strict:
-                raise OptionConflict(f"{spec.flag} cannot be used here. {reason}", fix={name: spec.default})
+                where = "on this machine" if spec.applies is _gpu else "for this model"
+                raise OptionConflict(
+                    f"{spec.flag} cannot be used here. {reason}",
+                    f"Leave {spec.flag} out {where}.",
+                    fix={name: spec.default},
+                )
             notes.append(f"{spec.flag} has no effect here. {reason}")
     _check_gpu_memory(options, circumstances)
     return (*notes, *_context_notes(options, circumstances))

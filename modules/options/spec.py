@@ -51,7 +51,7 @@ class Spec:
     basic: bool = False  # shown to a newcomer
     in_form: bool = True
     secret: bool = False
-    local_only: bool = False  # never taken from an HTTP body
+    local_only: bool = False  # taken from the command line and from files of this machine only
     applies: Reason = always
     strict: bool = False  # set where it does not apply: refused; otherwise said and left out
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from modules import packages
 from modules.devices import Machine
-from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound
+from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound, OptionError
 from modules.library import Library, Model, ModelFacts
 from modules.options import (
     GENERATION_OPTIONS,
@@ -24,10 +24,11 @@ from modules.options import (
     LoadOptions,
     check,
     context_tokens,
+    parse_values,
 )
-from modules.protocol import ChatMessages, Chunk, CountOrder, GenerateOrder, LoadOrder
+from modules.protocol import ChatMessages, Chunk, GenerateOrder, LoadOrder
 from modules.service.badges import Badges
-from modules.service.fit import fit_of, refusal, without
+from modules.service.fit import Fit, fit_of, refusal, without
 from modules.service.pump import Pump
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
@@ -64,6 +65,7 @@ class Service:
         self._generation_flags = dict(generation_flags or {})
         self.preselected = str((flags or {}).get("model", ""))
         self.start_error: LoadstoneError | None = None  # why the model named at the start was refused
+        self.start_error_for = ""  # that model
 
     # --- what there is ---
 
@@ -82,62 +84,64 @@ class Service:
     def snapshot(self) -> Snapshot:
         return self.supervisor.snapshot()
 
-    def circumstances(self, facts: ModelFacts | None, options: LoadOptions) -> Circumstances:
-        values = {name: getattr(options, name) for name in LOAD_OPTIONS}
-        gpu_names = tuple(gpu.name for gpu in self.measure().gpus)
-        if facts is None:
-            return Circumstances(gpu_names=gpu_names, values=values)
-        return facts.circumstances(gpu_names, values)
-
     # --- before loading ---
 
     def base(self, name: str) -> tuple[Resolved[LoadOptions], str]:
         """The options that this model gets when nothing is changed by hand, and a warning about its saved file."""
-        saved, warning = self.settings.saved(name) if name else ({}, "")
-        return resolve(self._lower_layers(saved)), warning
+        layers, warning = self._lower_layers(name)
+        return resolve(layers), warning
 
-    def _lower_layers(self, saved: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-        return [("settings.yaml", self.settings.load_values), ("saved", saved), ("flag", self._flags)]
+    def _lower_layers(self, name: str) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
+        """The layers under the form, and a warning about the model's saved file."""
+        saved, warning = self.settings.saved(name) if name else ({}, "")
+        return [("settings.yaml", self.settings.load_values), ("saved", saved), ("flag", self._flags)], warning
 
     def view(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> View:
         """What the page shows of ``name`` with the options of ``form``. Problems are in the view, not raised."""
+        machine = self.measure()
         facts: ModelFacts | None = None
         try:
             facts = self.library.facts(self.find(name, source)) if name else None
-            resolved, warning = self._resolve(name, form)
+            resolved, warning = self._resolve(facts.model.name if facts else name, form, source)
         except LoadstoneError as problem:
-            fallback, _ = self.base("")
-            return View(name, facts, fallback.options, fallback.origin, self._reasons(facts, fallback.options),
+            plain, _ = self.base("")
+            return View(name, facts, plain.options, plain.origin, _reasons(facts, plain.options, machine),
                         problem=problem)  # fmt: skip
-        notes: tuple[str, ...] = (warning,) if warning else ()
-        options, dropped = self._drop_inherited(resolved, facts, form)
+        options, dropped = self._drop_inherited(resolved, facts, machine)
+        notes = (*dropped, *([warning] if warning else []))
         found: LoadstoneError | None = None
         try:
-            notes += check(options, self.circumstances(facts, options))
+            notes += check(options, _circumstances(facts, options, machine))
         except LoadstoneError as problem:
             found = problem
         tokens = context_tokens(options, facts.context_tokens if facts else 0)
         return View(
-            name, facts, options, resolved.origin, self._reasons(facts, options),
-            notes=(*dropped, *notes), problem=found, context_tokens=tokens,
-            fit=fit_of(facts, options, tokens, self.measure(), self.snapshot().loaded) if facts else None,
-            code_allowed=bool(facts and self._code_allowed(facts, resolved)),
+            name, facts, options, resolved.origin, _reasons(facts, options, machine),
+            notes=notes, problem=found, context_tokens=tokens,
+            fit=fit_of(facts, options, tokens, machine, self.snapshot().loaded) if facts else None,
+            code_allowed=bool(facts and self._code_allowed(facts, resolved.options, resolved.origin)),
         )  # fmt: skip
 
-    def _resolve(self, name: str, form: Mapping[str, Any] | None) -> tuple[Resolved[LoadOptions], str]:
-        """The options of all layers. Of the form only what differs from the layers below is a choice of its own."""
-        base, warning = self.base(name)
-        chosen = {key: value for key, value in (form or {}).items() if value != getattr(base.options, key, None)}
-        saved, _ = self.settings.saved(name) if name else ({}, "")
-        return resolve([*self._lower_layers(saved), ("form", chosen)]), warning
+    def _resolve(
+        self, name: str, form: Mapping[str, Any] | None, source: Source = "page"
+    ) -> tuple[Resolved[LoadOptions], str]:
+        """The options of all layers. Of the form only what differs from the layers below is a choice of its own.
 
-    def _reasons(self, facts: ModelFacts | None, options: LoadOptions) -> dict[str, str]:
-        circumstances = self.circumstances(facts, options)
-        reasons = {name: spec.applies(circumstances) for name, spec in LOAD_OPTIONS.items()}
-        return {name: reason for name, reason in reasons.items() if reason}
+        Raises OptionError, also for a choice that only somebody at this machine may make.
+        """
+        layers, warning = self._lower_layers(name)
+        below = resolve(layers).options
+        given = parse_values(LOAD_OPTIONS, form or {})
+        chosen = {key: value for key, value in given.items() if value != getattr(below, key)}
+        for spec in (LOAD_OPTIONS[key] for key in chosen):
+            if spec.local_only and source != "command line":
+                raise OptionError(
+                    f"{spec.flag} can only be given on the command line or in settings.yaml.", f"Leave {spec.name} out."
+                )
+        return resolve([*layers, ("form", chosen)]), warning
 
     def _drop_inherited(
-        self, resolved: Resolved[LoadOptions], facts: ModelFacts | None, form: Mapping[str, Any] | None
+        self, resolved: Resolved[LoadOptions], facts: ModelFacts | None, machine: Machine
     ) -> tuple[LoadOptions, tuple[str, ...]]:
         """Without values from settings.yaml or a flag for another model, where they cannot apply to this one.
 
@@ -145,7 +149,7 @@ class Service:
         """
         if facts is None or facts.model.name == self.preselected:
             return resolved.options, ()
-        reasons = self._reasons(facts, resolved.options)
+        reasons = _reasons(facts, resolved.options, machine)
         inherited = {
             name: spec.default
             for name, spec in LOAD_OPTIONS.items()
@@ -155,11 +159,10 @@ class Service:
         notes = tuple(f"{LOAD_OPTIONS[n].flag} is left out here. {reasons[n]}" for n in values)
         return replace(resolved.options, **values), notes
 
-    def _code_allowed(self, facts: ModelFacts, resolved: Resolved[LoadOptions]) -> bool:
+    def _code_allowed(self, facts: ModelFacts, options: LoadOptions, origin: Mapping[str, str]) -> bool:
         """Custom code runs after a flag or settings.yaml said so, or after a yes to exactly these files."""
-        on = resolved.options.trust_remote_code
-        by_owner = on and resolved.origin.get("trust_remote_code") in ("flag", "settings.yaml")
-        return by_owner or (bool(facts.code_files) and self.approvals.allowed(facts.model.name, facts.code_files))
+        seen = bool(facts.code_files) and self.approvals.allowed(facts.model.name, facts.code_files)
+        return _owner_allows_code(options, origin) or seen
 
     def allow_code(self, name: str, hashes: Mapping[str, str]) -> None:
         """Allow the Python files of a model as seen: file name → SHA-256. Raises CustomCodeRefused if they changed."""
@@ -178,57 +181,73 @@ class Service:
         ``anyway``: where the plan says that the model does not fit, let the libraries place its layers and risk
         that memory runs out.
         """
+        return self._prepare(name, form, source, anyway)[0]
+
+    def _prepare(
+        self, name: str, form: Mapping[str, Any] | None, source: Source, anyway: bool
+    ) -> tuple[LoadOrder, Fit]:
+        """The order and the plan that it follows, from one view. Raises as :meth:`order` does."""
         if not name:
             raise ModelNotFound("No model is chosen.", "Choose one in the menu.")
         view = self.view(name, form, source)
         if view.problem:
             raise view.problem
-        facts = view.facts
-        if facts is None:
-            self.find(name, source)
-            raise AssertionError("a model that was found has facts")
-        asked = bool((form or {}).get("trust_remote_code"))
-        if asked and source != "command line" and facts.code_files and not view.code_allowed:
+        facts, fit = view.facts, view.fit
+        if facts is None or fit is None:
+            raise AssertionError("a view of a model without a problem has facts and a plan")
+        if view.options.trust_remote_code and facts.code_files and not view.code_allowed:
             raise _code_refused(facts)
-        self._require_packages(facts, view.options)
-        if view.fit is None:
-            raise AssertionError("a model with facts has a plan")
-        if not view.fit.fits and not anyway:
-            raise refusal(view.fit)
+        _require_packages(view, facts)
+        if not fit.fits and not anyway:
+            raise refusal(fit)
+        return self._order(view, facts, fit), fit
+
+    def _order(self, view: View, facts: ModelFacts, fit: Fit) -> LoadOrder:
+        by_hashes = view.code_allowed and not _owner_allows_code(view.options, view.origin)
         return LoadOrder(
             name=facts.model.name, path=str(facts.model.path), file_format=facts.model.file_format,
             task=facts.task, quantization=facts.quantization, options=view.options,
             ctx_tokens=view.context_tokens, offload_dir=view.options.disk_cache_dir or str(self._cache_dir / "offload"),
             cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
-            device_map=dict(view.fit.plan.device_map) if view.fit.fits else {},
-            quantized_cache=self._quantized_cache,
+            code_hashes={file.name: file.sha256 for file in facts.code_files} if by_hashes else {},
+            device_map=dict(fit.plan.device_map) if fit.fits else {},
+            quantized_cache=self._quantized_cache, notes=view.notes,
         )  # fmt: skip
-
-    def _require_packages(self, facts: ModelFacts, options: LoadOptions) -> None:
-        features = [facts.quantization]
-        if "attn_implementation" not in self._reasons(facts, options):
-            features.append(options.attn_implementation)
-        for feature in features:
-            if feature in packages.EXTRAS and packages.missing(feature):
-                raise MissingPackage(
-                    f"{facts.model.name} needs {', '.join(packages.missing(feature))}.",
-                    f"Install with: pip install {' '.join(packages.EXTRAS[feature])}",
-                )
 
     def load(
         self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page", *, anyway: bool = False
     ) -> None:
         """Start loading; returns at once. Raises what is known to be wrong beforehand, or Busy."""
-        order = self.order(name, form, source, anyway=anyway)
-        fit = self.view(name, form, source).fit
-        self.start_error = None
-        self.supervisor.load(order, beside=fit is not None and fit.beside)
+        order, fit = self._prepare(name, form, source, anyway)
+        self._forget_start_error()
+        self.supervisor.load(order, beside=fit.beside)
+
+    def start_model(self) -> str:
+        """The name of the model named at the start. One named by its path is known by this name from now on.
+
+        Raises what :meth:`Library.find` raises.
+        """
+        self.preselected = self.library.add(self.find(self.preselected, "command line")).name
+        return self.preselected
+
+    def load_at_start(self, *, anyway: bool = False) -> None:
+        """Start loading the model named at the start. What it is refused for is raised, and kept for the page."""
+        try:
+            self.load(self.start_model(), source="command line", anyway=anyway)
+        except LoadstoneError as error:
+            self.start_error, self.start_error_for = error, self.preselected
+            raise
+
+    def _forget_start_error(self) -> None:
+        self.start_error, self.start_error_for = None, ""
 
     def unload(self) -> None:
+        self._forget_start_error()
         self.supervisor.unload()
 
     def reload(self) -> None:
         self.supervisor.reload()
+        self._forget_start_error()
 
     def cancel(self) -> None:
         self.supervisor.cancel()
@@ -273,8 +292,36 @@ class Service:
         order = GenerateOrder(self._generation(values), chat, prompt, continue_last)
         yield from Pump(self.supervisor, order, stopped or threading.Event()).chunks()
 
-    def count_tokens(self, messages: Sequence[Mapping[str, str]] = (), prompt: str = "") -> int:
-        return self.supervisor.count(CountOrder(tuple(dict(m) for m in messages), prompt))
+
+def _circumstances(facts: ModelFacts | None, options: LoadOptions, machine: Machine) -> Circumstances:
+    values = {name: getattr(options, name) for name in LOAD_OPTIONS}
+    if facts is None:
+        return Circumstances(gpu_names=machine.gpu_names, values=values)
+    return facts.circumstances(machine.gpu_names, values)
+
+
+def _reasons(facts: ModelFacts | None, options: LoadOptions, machine: Machine) -> dict[str, str]:
+    """Why options do not apply, by name; only those."""
+    circumstances = _circumstances(facts, options, machine)
+    reasons = {name: spec.applies(circumstances) for name, spec in LOAD_OPTIONS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _owner_allows_code(options: LoadOptions, origin: Mapping[str, str]) -> bool:
+    return options.trust_remote_code and origin.get("trust_remote_code") in ("flag", "settings.yaml")
+
+
+def _require_packages(view: View, facts: ModelFacts) -> None:
+    """Raises MissingPackage for what the checkpoint's format or an option needs."""
+    features = [facts.quantization]
+    if "attn_implementation" not in view.reasons:
+        features.append(view.options.attn_implementation)
+    for feature in features:
+        if feature in packages.EXTRAS and packages.missing(feature):
+            raise MissingPackage(
+                f"{facts.model.name} needs {', '.join(packages.missing(feature))}.",
+                f"Install with: pip install {' '.join(packages.EXTRAS[feature])}",
+            )
 
 
 def _code_refused(facts: ModelFacts) -> CustomCodeRefused:

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from modules import precision
-from modules.checkpoint import check_files, read_json, safetensors_header, weight_files
+from modules.checkpoint import check_files, code_hashes, read_json, safetensors_header, weight_files
 from modules.errors import (
     BrokenCheckpoint,
     CustomCodeRefused,
@@ -111,7 +111,7 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
         return model, verify(model, order, device.usable(order.options), kwargs)
 
     model, kwargs, checked = quantized_copies.load(order, arguments.kwargs, make, progress)
-    notes = (*arguments.notes, *loaded_tokenizer.notes, *checked)
+    notes = (*order.notes, *arguments.notes, *loaded_tokenizer.notes, *checked)
     settle_generation(model, loaded_tokenizer.tokenizer)
     made = report.make_report(
         model,
@@ -137,6 +137,11 @@ def check_source(order: LoadOrder) -> None:
         )
     if not order.custom_code_allowed or order.file_format == "gguf":
         return
+    if order.code_hashes and code_hashes(folder) != order.code_hashes:
+        raise CustomCodeRefused(
+            f"The Python files of {order.name} are not the ones that were allowed: they changed meanwhile.",
+            "Look at them again, and allow them if you trust them.",
+        )
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         auto_map = read_json(file).get("auto_map", {}) if file.exists() else {}
         if "--" in str(auto_map):
