@@ -9,7 +9,9 @@ import gradio as gr
 from fastapi import FastAPI
 
 from modules.service import Service
-from modules.ui import cards, chat_tab, model_tab, session_tab
+from modules.ui import cards, chat_tab, model_actions, model_tab, session_tab
+from modules.ui.answering import Stops
+from modules.ui.common import QUIET
 
 _HERE = Path(__file__).parent
 TITLE = "Loadstone"
@@ -27,30 +29,29 @@ def build(service: Service) -> gr.Blocks:
                 models = model_tab.build(service)
             with gr.Tab("Chat", id="chat"):
                 chat = chat_tab.build(service)
-            with gr.Tab("Session", id="session"):
-                session_tab.build(service)
-        model_tab.wire(models, service)
-        chat_tab.wire(chat, service, chat_tab.Stops())
-        _follow_state(page, service, line, sync, models, chat)
+            with gr.Tab("Session", id="session") as session:
+                session_tab.build(service, session)
+        # Outside the tabs: what lies in a tab that is not open is not there yet when the page loads.
+        remembered = gr.BrowserState({}, storage_key="loadstone-chat", secret="loadstone")
+        model_actions.wire(models, service)
+        chat_tab.wire(chat, service, Stops(), remembered)
+        chat_tab.wire_recall(page, chat)
+        _follow_state(page, service, line, sync, models, chat, remembered)
     page.queue(default_concurrency_limit=16)
     return page
 
 
 def _follow_state(
     page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.Button,
-    models: model_tab.ModelTab, chat: chat_tab.ChatTab,
+    models: model_tab.ModelTab, chat: chat_tab.ChatTab, remembered: gr.BrowserState,
 ) -> None:  # fmt: skip
     """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed."""
 
-    def synced(loaded_at: float) -> list[Any]:
+    def synced(model: str | None, loaded_at: float) -> list[Any]:
         snapshot = service.snapshot()
         since = snapshot.loaded.since if snapshot.loaded else 0.0
         mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
-        if service.start_error:
-            state = model_tab.refused_updates(service, service.start_error)
-        else:
-            state = model_tab.state_updates(snapshot)
-        return [cards.status_line(snapshot), mode, since, *state]
+        return [cards.status_line(snapshot), mode, since, *model_tab.state_updates(service, model)]
 
     def opened(remembered_model: dict[str, Any], remembered_chat: dict[str, Any]) -> list[Any]:
         return [
@@ -61,13 +62,13 @@ def _follow_state(
 
     loaded_at = gr.State(0.0)
     sync.click(
-        synced, loaded_at, [line, chat.mode, loaded_at, *models.follows_state],
-        queue=False, **model_tab.QUIET,
+        synced, [models.model, loaded_at], [line, chat.mode, loaded_at, *models.follows_state],
+        queue=False, **QUIET,
     )  # fmt: skip
     page.load(
-        opened, [models.remembered, chat.remembered],
-        [line, *model_tab.opened_outputs(models), chat.mode, chat.system, *chat.fields.values()],
-        **model_tab.QUIET,
+        opened, [models.remembered, remembered],
+        [line, *model_tab.opened_outputs(models), *chat.settings],
+        **QUIET,
     )  # fmt: skip
 
 

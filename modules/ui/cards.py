@@ -9,10 +9,11 @@ from html import escape
 
 from modules.devices import Machine
 from modules.errors import LoadstoneError
-from modules.options import LOAD_OPTIONS, LoadOptions, changed
+from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, changed
 from modules.planner import DevicePlan
 from modules.service import Fit, View
 from modules.supervisor import Loaded, Snapshot, State
+from modules.ui.common import table
 from modules.units import format_bytes, format_seconds, format_tokens
 
 _STATE_WORDS = {
@@ -50,7 +51,8 @@ def options_in_words(options: LoadOptions) -> str:
 
 def loaded_in_words(loaded: Loaded) -> str:
     """``Llama-3-8B · 4-bit nf4 · 16k``: what is loaded, with which options."""
-    precision = "" if loaded.order.options.load_in_4bit else loaded.order.quantization or loaded.report.dtype
+    chosen = any(getattr(loaded.order.options, name) for values in PRECISIONS.values() for name in values)
+    precision = "" if chosen else loaded.order.quantization or loaded.report.dtype
     parts = [
         loaded.order.name,
         precision,
@@ -89,7 +91,7 @@ def status_card(snapshot: Snapshot) -> str:
     elif snapshot.error:
         parts.append(error_box(snapshot.error))
     if snapshot.loaded:
-        parts.append(_loaded(snapshot.loaded))
+        parts.append(_loaded(snapshot.loaded, still=snapshot.state is not State.READY))
     parts.append(_notes(snapshot.notes))
     parts.append(_log(snapshot.log))
     return "".join(parts) + "</div>"
@@ -101,7 +103,7 @@ def _headline(snapshot: Snapshot, word: str) -> str:
     if snapshot.error and snapshot.order and snapshot.state is State.FAILED:
         return f"{snapshot.order.name}: {snapshot.error.title.lower()}"
     if snapshot.loaded:
-        return f"Ready · {snapshot.loaded.order.name} · loaded in {format_seconds(snapshot.loaded.report.load_seconds)}"
+        return f"Ready · {snapshot.loaded.order.name} · loaded in {format_seconds(snapshot.elapsed_s)}"
     return word
 
 
@@ -118,21 +120,23 @@ def _progress(snapshot: Snapshot) -> str:
     return f'{bar}<div class="small">{escape(text)} · {format_seconds(snapshot.elapsed_s)}</div>'
 
 
-def _loaded(loaded: Loaded) -> str:
+def _loaded(loaded: Loaded, *, still: bool) -> str:
     report = loaded.report
     since = time.strftime("%H:%M", time.localtime(loaded.since))
     layers = ", ".join(f"{count} {name}" for name, count in report.layer_classes.items())
+    limit = f" (the model's limit is {report.context_limit:,})" if report.context_limit else ""
     rows = [
+        ("Still loaded" if still else "", loaded.order.name if still else ""),
         ("Model", f"{report.architecture}, {report.dtype}, {report.parameters:,} parameters"),
         ("Options", options_in_words(loaded.order.options) or "defaults"),
         ("Layers", layers),
         ("Held", ", ".join(f"{format_bytes(size)} on {device}" for device, size in report.device_bytes.items())),
         ("Process", f"{format_bytes(loaded.memory_at_load.rss_bytes)} of RAM{_gpu_memory(loaded)}"),
         *_before_after(loaded),
-        ("Context", f"{loaded.order.ctx_tokens:,} tokens (the model's limit is {report.context_limit:,})"),
+        ("Context", f"{loaded.order.ctx_tokens:,} tokens{limit}"),
         ("Since", since),
     ]
-    return _table(rows) + _notes(report.notes)
+    return table(rows) + _notes(report.notes)
 
 
 def _gpu_memory(loaded: Loaded) -> str:
@@ -150,18 +154,13 @@ def _before_after(loaded: Loaded) -> list[tuple[str, str]]:
     return rows
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows if text)
-    return f'<table class="facts">{cells}</table>'
-
-
 def error_box(error: LoadstoneError) -> str:
     """What happened and what to change, with the traceback folded under it."""
     details = ""
     if error.details:
         text = escape(error.details)
         details = (
-            '<details><summary>Details</summary><button class="copy" data-copy>Copy</button>'
+            '<details data-keep="details"><summary>Details</summary><button class="copy" data-copy>Copy</button>'
             f"<pre>{text}</pre></details>"
         )
     hint = f"<p>{escape(error.hint)}</p>" if error.hint else ""
@@ -174,7 +173,7 @@ def _notes(notes: Iterable[str]) -> str:
 
 def _log(lines: Iterable[str]) -> str:
     text = escape("\n".join(lines))
-    return f'<details class="log"><summary>Log</summary><pre>{text}</pre></details>' if text else ""
+    return f'<details class="log" data-keep="log"><summary>Log</summary><pre>{text}</pre></details>' if text else ""
 
 
 def fit_card(view: View, machine: Machine) -> str:
@@ -239,7 +238,7 @@ def _plan_table(fit: Fit) -> str:
     layers = len(fit.plan.device_map)
     if layers > 1:
         rows.append(("Layers", f"{layers} modules placed one by one"))
-    return f'<details class="plan"><summary>The plan</summary>{_table(rows)}</details>'
+    return f'<details class="plan" data-keep="plan"><summary>The plan</summary>{table(rows)}</details>'
 
 
 def code_list(view: View) -> str:
@@ -248,7 +247,7 @@ def code_list(view: View) -> str:
         return ""
     rows = [(file.name, f"SHA-256 {file.sha256}") for file in view.facts.code_files]
     word = "These files are allowed to run." if view.code_allowed else "The model brings these Python files:"
-    return f'<p class="note">{word}</p>{_table(rows)}'
+    return f'<p class="note">{word}</p>{table(rows)}'
 
 
 def summary(view: View) -> str:

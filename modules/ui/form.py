@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from modules.options import GROUPS, LOAD_OPTIONS, PRECISIONS, LoadOptions, Spec
 from modules.service import View
+from modules.ui.common import markdown
 
 PRECISION_OPTIONS = frozenset(name for values in PRECISIONS.values() for name in values)
 _OPEN_GROUPS = ("precision", "context", "memory")  # what a newcomer sees without opening anything
@@ -33,8 +33,9 @@ class Form:
         return [self.precision, *self.fields.values()]
 
 
-def widget(spec: Spec) -> gr.components.Component:
-    """The widget for one option."""
+def widget(spec: Spec, value: Any = None) -> gr.components.Component:
+    """The widget for one option, at ``value`` or the table's default. Bounds are the option's to check, in words."""
+    shown = widget_value(spec, spec.default if value is None else value)
     common: dict[str, Any] = {
         "label": _label(spec),
         "info": info_text(spec),
@@ -42,15 +43,15 @@ def widget(spec: Spec) -> gr.components.Component:
         "interactive": True,
     }
     if spec.kind == "flag":
-        return gr.Checkbox(value=spec.default, **common)
+        return gr.Checkbox(value=shown, **common)
     if spec.kind == "choice":
-        return gr.Dropdown(choices=list(spec.choices), value=spec.default, filterable=False, **common)
+        return gr.Dropdown(choices=list(spec.choices), value=shown, filterable=False, **common)
     if spec.kind in ("integer", "number"):
+        digits = 0 if spec.kind == "integer" else None
         return gr.Number(
-            value=widget_value(spec, spec.default), minimum=spec.low, maximum=spec.high, step=spec.step or 1,
-            precision=0 if spec.kind == "integer" else None, placeholder=spec.default_help or None, **common,
-        )  # fmt: skip
-    return gr.Textbox(value=widget_value(spec, spec.default), placeholder=spec.default_help or None, **common)
+            value=shown, step=spec.step or 1, precision=digits, placeholder=spec.default_help or None, **common
+        )
+    return gr.Textbox(value=shown, placeholder=spec.default_help or None, **common)
 
 
 def _label(spec: Spec) -> str:
@@ -59,8 +60,8 @@ def _label(spec: Spec) -> str:
 
 def info_text(spec: Spec, reason: str = "", origin: str = "") -> str:
     """The line under an option's label: why it is greyed or what it does, its flag, and where its value is from."""
-    text = f"✕ {escape(reason)}" if reason else escape(spec.help)
-    source = f" · from {escape(origin)}" if origin and origin not in ("default", "form") else ""
+    text = f"✕ {markdown(reason)}" if reason else spec.help
+    source = f" · from {origin}" if origin and origin not in ("default", "form") else ""
     return f"{text} `{spec.flag}`{source}"
 
 
@@ -163,7 +164,7 @@ def _precision_update(view: View, with_values: bool) -> Any:
     reason = view.reasons.get("load_in_4bit", "")
     origin = next((o for n in PRECISION_OPTIONS if (o := view.origin.get(n, "default")) != "default"), "")
     source = f" · from {origin}" if origin and origin != "form" else ""
-    info = f"✕ {escape(reason)}" if reason else f"How the weights are held in memory.{source}"
+    info = f"✕ {markdown(reason)}" if reason else f"How the weights are held in memory.{source}"
     value = {"value": next(iter(PRECISIONS)) if reason else precision_of(view.options)} if with_values else {}
     return gr.update(interactive=not reason, info=info, **value)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -12,14 +10,12 @@ import gradio as gr
 from modules.errors import CustomCodeRefused, LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
 from modules.service import Service, View
-from modules.supervisor import Snapshot, State
+from modules.supervisor import State
 from modules.ui import cards
-from modules.ui.form import Form, build_form, form_updates, form_values, group_updates, widget_value
+from modules.ui.form import Form, build_form, form_updates, group_updates, widget_value
 
 POLL_S = 0.25
 MOST_WAYS = 4
-PRIVATE = {"api_visibility": "private"}
-QUIET = {"show_progress": "hidden", **PRIVATE}
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ class ModelTab:
     fit: gr.HTML
     card: gr.HTML
     code: gr.HTML
+    shown_code: gr.State  # the Python files as they were shown: name → SHA-256
 
     @property
     def follows_state(self) -> list[Any]:
@@ -56,7 +53,16 @@ class ModelTab:
     @property
     def follows_view(self) -> list[Any]:
         """What :func:`view_updates` updates."""
-        return [self.summary, self.fit, self.code, self.stretch, *self.ways, self.anyway, *self.form.widgets]
+        return [
+            self.summary,
+            self.fit,
+            self.code,
+            self.shown_code,
+            self.stretch,
+            *self.ways,
+            self.anyway,
+            *self.form.widgets,
+        ]
 
 
 def build(service: Service) -> ModelTab:
@@ -75,7 +81,9 @@ def build(service: Service) -> ModelTab:
             autoload = gr.Checkbox(label="Autoload when selected", elem_id="autoload", container=False, min_width=170)
             save = gr.Button("Save settings", size="sm", elem_id="save", min_width=90)
             forget = gr.Button("Forget saved", size="sm", elem_id="forget", min_width=90)
-            legacy = gr.Button("Import settings", size="sm", elem_id="import", visible="hidden", min_width=90)
+            legacy = gr.Button(
+                "Import from config-user.yaml", size="sm", elem_id="import", visible="hidden", min_width=90
+            )
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
             form = build_form()
@@ -94,7 +102,7 @@ def build(service: Service) -> ModelTab:
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
         model, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
-        fix, allow, stretch, ways, anyway, summary, fit, card, code,
+        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}),
     )  # fmt: skip
 
 
@@ -114,6 +122,7 @@ def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bo
         cards.summary(view),
         cards.fit_card(view, service.measure()),
         cards.code_list(view),
+        {file.name: file.sha256 for file in view.facts.code_files} if view.facts else {},
         stretch,
         *_way_updates(view),
         *form_updates(tab.form, view, with_values=with_values),
@@ -130,12 +139,21 @@ def _way_updates(view: View) -> list[Any]:
     return [*updates, gr.update(visible=True if plan and not plan.fits else "hidden", value=risk)]
 
 
-def state_updates(snapshot: Snapshot) -> list[Any]:
-    """Updates for ``tab.follows_state``."""
+def state_updates(service: Service, model: str | None, refused: LoadstoneError | None = None) -> list[Any]:
+    """Updates for ``tab.follows_state``. ``refused``: why the model was not even begun to be loaded.
+
+    The buttons that mend an error are there only while the model is selected that it is about.
+    """
+    snapshot = service.snapshot()
     busy = cards.busy(snapshot)
-    error = snapshot.error if snapshot.state is State.FAILED else None
+    refused = refused or service.start_error
+    card = cards.status_card(snapshot)
+    if refused:
+        card = f'<div class="card failed">{cards.error_box(refused)}</div>{card}'
+    about_this = snapshot.state is State.FAILED and snapshot.order is not None and snapshot.order.name == model
+    error = refused or (snapshot.error if about_this else None)
     return [
-        cards.status_card(snapshot),
+        card,
         gr.update(interactive=not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
@@ -162,147 +180,20 @@ def model_choices(service: Service) -> list[str]:
     return [model.name for model in service.models()]
 
 
-def _labelled(service: Service, names: list[str]) -> list[tuple[str, str]]:
+def labelled(service: Service, names: list[str]) -> list[tuple[str, str]]:
     """The menu's entries: each name with its badge."""
     badges = service.badges()
     return [(f"{name} · {badges[name]}" if name in badges else name, name) for name in names]
 
 
-# --- what a click does ---
-
-
-def _show_selected(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
+def show_selected(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
     """A model was chosen: its own options, its facts."""
     view = service.view(model or "")
-    error = service.start_error
-    state = refused_updates(service, error) if error else state_updates(service.snapshot())
     return [
         *view_updates(tab, service, view, with_values=True),
-        *state,
+        *state_updates(service, model),
         *group_updates(tab.form, view),
     ]
-
-
-def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
-    """An option was changed by hand: what applies now, what fits now. No value is touched."""
-    try:
-        values = form_values(tab.form, raw)
-    except LoadstoneError as error:
-        view = service.view(model or "")
-        problem = View(**{**view.__dict__, "problem": error})
-        return view_updates(tab, service, problem, with_values=False)
-    return view_updates(tab, service, service.view(model or "", values), with_values=False)
-
-
-def _follow(service: Service) -> Iterator[list[Any]]:
-    """State updates until the load that was just asked for has ended."""
-    snapshot = service.snapshot()
-    while True:
-        yield state_updates(snapshot)
-        if not cards.busy(snapshot):
-            return
-        snapshot = service.supervisor.wait(snapshot.version, POLL_S)
-
-
-def refused_updates(service: Service, error: LoadstoneError) -> list[Any]:
-    """The card for what was refused before anything was touched: the running model stays as it is."""
-    updates = state_updates(service.snapshot())
-    fix, allow = bool(error.fix), isinstance(error, CustomCodeRefused)
-    updates[0] = f'<div class="card failed">{cards.error_box(error)}</div>{updates[0]}'
-    updates[5] = gr.update(visible=True if fix else "hidden", value=_fix_label(error))
-    updates[6] = gr.update(visible=True if allow else "hidden")
-    return updates
-
-
-def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any, anyway: bool = False) -> Iterator[list[Any]]:
-    try:
-        service.load(model or "", form_values(tab.form, raw), anyway=anyway)
-    except LoadstoneError as error:
-        yield refused_updates(service, error)
-        return
-    yield from _follow(service)
-
-
-def _act(service: Service, action: Callable[[], None]) -> Iterator[list[Any]]:
-    try:
-        action()
-    except LoadstoneError as error:
-        yield refused_updates(service, error)
-        return
-    yield from _follow(service)
-
-
-def _autoload(tab: ModelTab, service: Service, model: str | None, on: bool, *raw: Any) -> Iterator[list[Any]]:
-    loaded = service.snapshot().loaded
-    if on and model and not (loaded and loaded.order.name == model):
-        yield from _load(tab, service, model, *raw)
-    else:
-        yield [gr.skip() for _ in tab.follows_state]  # a generator that yields nothing would empty the outputs
-
-
-def _fixed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
-    """The form with the changes that the last error proposes."""
-    values = form_values(tab.form, raw)
-    error = service.snapshot().error
-    try:
-        service.order(model or "", values)
-    except LoadstoneError as refused:
-        error = refused
-    values.update({name: value for name, value in (error.fix if error else {}).items() if name in LOAD_OPTIONS})
-    return form_updates(tab.form, service.view(model or "", values), with_values=True)
-
-
-def _stretched(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
-    """The form with the alpha_value that suits the context asked for."""
-    values = form_values(tab.form, raw)
-    view = service.view(model or "", values)
-    if view.facts and view.facts.context_tokens:
-        values["alpha_value"] = alpha_for(view.context_tokens / view.facts.context_tokens)
-    return view_updates(tab, service, service.view(model or "", values), with_values=True)
-
-
-def _take_way(tab: ModelTab, service: Service, place: int, model: str | None, *raw: Any) -> list[Any]:
-    """The form with the changes of one suggestion."""
-    values = form_values(tab.form, raw)
-    view = service.view(model or "", values)
-    ways = [suggestion for suggestion in view.fit.plan.suggestions if suggestion.options] if view.fit else []
-    if place < len(ways):
-        values.update(ways[place].options)
-    return view_updates(tab, service, service.view(model or "", values), with_values=True)
-
-
-def _allow_code(service: Service, model: str | None) -> None:
-    view = service.view(model or "")
-    if view.facts:
-        service.allow_code(view.name, {file.name: file.sha256 for file in view.facts.code_files})
-
-
-def _save(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
-    try:
-        path = service.save_settings(model or "", form_values(tab.form, raw))
-    except LoadstoneError as error:
-        gr.Warning(str(error), title=error.title)
-        return [gr.skip() for _ in tab.follows_view]
-    gr.Info(f"Saved for {model} in {path.parent.name}/{path.name}.")
-    return view_updates(tab, service, service.view(model or ""), with_values=True)
-
-
-def _forget(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
-    if model:
-        service.settings.forget(model)
-    return view_updates(tab, service, service.view(model or ""), with_values=True)
-
-
-def _import(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
-    plan = service.settings.importable(model_choices(service))
-    service.settings.import_legacy(plan)
-    gr.Info(f"Imported settings for {len(plan.values)} models.")
-    return [gr.update(visible="hidden"), *view_updates(tab, service, service.view(model or ""), with_values=True)]
-
-
-def _refresh(service: Service, model: str | None) -> Any:
-    choices = model_choices(service)
-    return gr.update(choices=_labelled(service, choices), value=model if model in choices else None)
 
 
 def opened(tab: ModelTab, service: Service, remembered: dict[str, Any]) -> list[Any]:
@@ -320,55 +211,16 @@ def opened(tab: ModelTab, service: Service, remembered: dict[str, Any]) -> list[
     chosen = next((name for name in wanted if name in choices), choices[0] if len(choices) == 1 else None)
     plan = service.settings.importable(choices)
     return [
-        gr.update(choices=_labelled(service, choices), value=chosen),
+        gr.update(choices=labelled(service, choices), value=chosen),
         gr.update(value=bool((remembered or {}).get("autoload"))),
         gr.update(visible=True if plan.values else "hidden"),
-        *_show_selected(tab, service, chosen),
+        *show_selected(tab, service, chosen),
     ]
 
 
 def opened_outputs(tab: ModelTab) -> list[Any]:
-    return [tab.model, tab.autoload, tab.import_legacy, *_selected_outputs(tab)]
+    return [tab.model, tab.autoload, tab.import_legacy, *selected_outputs(tab)]
 
 
-def _selected_outputs(tab: ModelTab) -> list[Any]:
+def selected_outputs(tab: ModelTab) -> list[Any]:
     return [*tab.follows_view, *tab.follows_state, *tab.form.groups.values()]
-
-
-def wire(tab: ModelTab, service: Service) -> None:
-    """Connect the tab's widgets to the service."""
-    inputs = [tab.model, *tab.form.widgets]
-    bound = {fn: partial(fn, tab, service) for fn in (_load, _changed, _save, _forget, _import, _fixed, _stretched)}
-    tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **QUIET)
-    selected = tab.model.input(partial(_show_selected, tab, service), tab.model, _selected_outputs(tab), **QUIET)
-    selected.then(
-        partial(_autoload, tab, service), [tab.model, tab.autoload, *tab.form.widgets], tab.follows_state, **QUIET
-    )
-    gr.on(
-        [tab.model.input, tab.autoload.input],
-        lambda model, autoload: {"model": model, "autoload": autoload},
-        [tab.model, tab.autoload], tab.remembered, queue=False, **QUIET,
-    )  # fmt: skip
-    gr.on(
-        [field.input for field in tab.form.widgets],
-        bound[_changed], inputs, tab.follows_view, trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
-    submits = [field.submit for field in tab.form.widgets if hasattr(field, "submit")]
-    acted = [gr.on([tab.load.click, *submits], bound[_load], inputs, tab.follows_state, **QUIET)]
-    for button, action in ((tab.unload, service.unload), (tab.reload, service.reload), (tab.cancel, service.cancel)):
-        acted.append(button.click(partial(_act, service, action), None, tab.follows_state, **QUIET))
-    for event in acted:  # what is free has changed
-        event.then(bound[_changed], inputs, tab.follows_view, **QUIET)
-    tab.fix.click(bound[_fixed], inputs, tab.form.widgets, **QUIET).then(
-        bound[_load], inputs, tab.follows_state, **QUIET
-    )
-    tab.allow_code.click(partial(_allow_code, service), tab.model, None, **QUIET).then(
-        bound[_load], inputs, tab.follows_state, **QUIET
-    )
-    for place, way in enumerate(tab.ways):
-        way.click(partial(_take_way, tab, service, place), inputs, tab.follows_view, **QUIET)
-    tab.anyway.click(partial(_load, tab, service, anyway=True), inputs, tab.follows_state, **QUIET)
-    tab.stretch.click(bound[_stretched], inputs, tab.follows_view, **QUIET)
-    tab.save.click(bound[_save], inputs, tab.follows_view, **QUIET)
-    tab.forget.click(bound[_forget], tab.model, tab.follows_view, **QUIET)
-    tab.import_legacy.click(bound[_import], tab.model, [tab.import_legacy, *tab.follows_view], **QUIET)

@@ -39,6 +39,7 @@
         element("sync").click();
       }
       showRate(status);
+      explain();
     } catch {
       failures += 1;
       if (failures > 2) lost(true);
@@ -54,6 +55,8 @@
 
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.defaultPrevented) return;
+    // Esc first closes what is open: a menu, a message that is being edited.
+    if (event.target.closest?.('[aria-expanded="true"], #chatbot')) return;
     const button = ["stop", "cancel"].map(element).find(usable);
     if (button) button.click();
   });
@@ -65,6 +68,28 @@
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = "Copy"), 1500);
   });
+
+  // What was unfolded stays so when the card around it is rendered anew.
+  const unfolded = new Set();
+  document.addEventListener("toggle", (event) => {
+    const key = event.target.dataset?.keep;
+    if (key && event.target.isConnected) event.target.open ? unfolded.add(key) : unfolded.delete(key);
+  }, true);
+  new MutationObserver(() => {
+    for (const key of unfolded) {
+      for (const folded of document.querySelectorAll(`details[data-keep="${key}"]:not([open])`)) folded.open = true;
+    }
+  }).observe(document.documentElement, { childList: true, subtree: true });
+
+  // A greyed button says why; a sign has a name.
+  const WHY = { load: "A load is under way.", unload: "No model is loaded.", reload: "No model is loaded." };
+  function explain() {
+    for (const [id, why] of Object.entries(WHY)) {
+      const button = element(id);
+      if (button) button.title = button.disabled ? why : "";
+    }
+    element("refresh")?.setAttribute("aria-label", "Look for new models");
+  }
 
   loop();
 })();

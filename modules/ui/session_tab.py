@@ -9,16 +9,15 @@ import gradio as gr
 from modules import packages
 from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS
 from modules.service import Service
+from modules.ui.common import QUIET, table
 from modules.units import format_bytes
 
 
-def build(service: Service) -> None:
+def build(service: Service, tab: gr.Tab) -> None:
     """Lay out and wire the tab; its content is made when it is opened and when Refresh is clicked."""
     content = gr.HTML(elem_id="session")
     refresh = gr.Button("⟳ Refresh", size="sm", min_width=90, elem_id="session-refresh")
-    show = {"fn": lambda: session_html(service), "outputs": content, "api_visibility": "private"}
-    refresh.click(**show, show_progress="hidden")
-    content.attach_load_event(lambda: session_html(service), None)
+    gr.on([tab.select, refresh.click], lambda: session_html(service), None, content, **QUIET)
 
 
 def session_html(service: Service) -> str:
@@ -53,9 +52,4 @@ def session_html(service: Service) -> str:
         ("Packages", list(packages.installed_versions().items())),
         ("Optional packages", extras),
     ]
-    return "".join(f"<h3>{escape(title)}</h3>{_table(cells)}" for title, cells in sections)
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
-    return f'<table class="facts">{cells}</table>'
+    return "".join(f"<h3>{escape(title)}</h3>{table(cells)}" for title, cells in sections)

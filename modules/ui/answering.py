@@ -1,0 +1,167 @@
+"""Answers on the Chat tab: what the model is asked, and how its text arrives on the page."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from modules.errors import LoadstoneError, NothingLoaded
+from modules.protocol import Done, Piece
+from modules.service import Service
+from modules.supervisor import Snapshot
+from modules.ui.common import small, warn
+
+UPDATE_S = 0.1  # ten updates a second reach the browser
+CHAT, COMPLETION = "Chat", "Completion"
+History = list[dict[str, Any]]
+Updates = list[Any]  # for ChatTab.follows_answer: chatbot, text, send, stop, line, again, undo, clear
+
+
+class Stops:
+    """The answer that each browser tab is waiting for, and how to stop it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events: dict[str, threading.Event] = {}
+
+    def begin(self, session: str) -> threading.Event:
+        """The stop signal of a new answer. An answer that was still coming is stopped, and no longer shown."""
+        event = threading.Event()
+        with self._lock:
+            if (earlier := self._events.get(session)) is not None:
+                earlier.set()
+            self._events[session] = event
+        return event
+
+    def is_shown(self, session: str, event: threading.Event) -> bool:
+        """Whether the answer with this signal is the one that the tab shows."""
+        with self._lock:
+            return self._events.get(session) is event
+
+    def stop(self, session: str) -> None:
+        """Stop the answer; what has come stays."""
+        with self._lock:
+            if (event := self._events.get(session)) is not None:
+                event.set()
+
+    def drop(self, session: str) -> None:
+        """Stop the answer and show no more of it."""
+        with self._lock:
+            if (event := self._events.pop(session, None)) is not None:
+                event.set()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to get. ``before`` and ``text``: what chat and field go back to where there is none."""
+
+    history: History
+    mode: str
+    system: str
+    values: Mapping[str, Any]
+    before: History
+    text: str = ""
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, which Gradio hands back as parts."""
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+
+
+def plain(history: Sequence[Mapping[str, Any]] | None) -> History:
+    """The messages as role and text alone."""
+    return [{"role": str(message["role"]), "content": text_of(message)} for message in history or []]
+
+
+def request(question: Question) -> dict[str, Any]:
+    """What the service is asked: the messages, or all text so far to be continued."""
+    if question.mode == COMPLETION:
+        return {"prompt": "".join([question.system, *(message["content"] for message in question.history)])}
+    front = [{"role": "system", "content": question.system}] if question.system.strip() else []
+    return {"messages": front + question.history}
+
+
+def working(history: History, *, text: Any = "") -> Updates:
+    """The page while an answer is awaited: Stop instead of Send, and nothing that would take the chat apart."""
+    waiting = [*history, {"role": "assistant", "content": ""}]
+    still = [gr.update(interactive=False)] * 3
+    return [waiting, text, gr.update(visible="hidden"), gr.update(visible=True), small("thinking …"), *still]
+
+
+def settled(history: Any, line: str, *, text: Any = None) -> Updates:
+    """The page when no answer is awaited."""
+    shown = gr.skip() if text is None else text
+    free = [gr.update(interactive=True)] * 3
+    return [history, shown, gr.update(visible=True), gr.update(visible="hidden"), small(line), *free]
+
+
+def nothing() -> Updates:
+    return [gr.skip() for _ in range(8)]
+
+
+def answer(service: Service, stops: Stops, session: str, question: Question) -> Iterator[Updates]:
+    """Stream an answer to the last message, as updates for ``ChatTab.follows_answer``."""
+    if service.snapshot().loaded is None:
+        error: LoadstoneError = NothingLoaded("No model is loaded.")
+        yield settled(question.before, str(error), text=question.text or None)
+        return
+    yield working(question.history)
+    stopped = stops.begin(session)
+    text, done, failure = "", None, None
+    try:
+        shown = time.monotonic()
+        for chunk in service.generate(question.values, **request(question), stopped=stopped):
+            if isinstance(chunk, Done):
+                done = chunk
+            elif isinstance(chunk, Piece):
+                text += chunk.text
+                if (now := time.monotonic()) - shown >= UPDATE_S and stops.is_shown(session, stopped):
+                    shown = now
+                    yield [[*question.history, {"role": "assistant", "content": text}], *nothing()[1:]]
+    except LoadstoneError as problem:
+        failure = problem
+    finally:
+        stopped.set()
+    if stops.is_shown(session, stopped):
+        yield _ended(service, question, text, done, failure)
+    else:  # another answer, or an empty chat, stands there by now
+        yield nothing()
+
+
+def _ended(
+    service: Service, question: Question, text: str, done: Done | None, failure: LoadstoneError | None
+) -> Updates:
+    history = [*question.history, {"role": "assistant", "content": text}] if text else question.history
+    if failure is None:
+        return settled(history, done_in_words(done, service.snapshot()))
+    warn(failure)
+    line = f"{failure.title}. {failure}"
+    return settled(history, line) if text else settled(question.before, line, text=question.text or None)
+
+
+def done_in_words(done: Done | None, snapshot: Snapshot) -> str:
+    """``34.1 tokens/s · 96 tokens · context 312 of 8,192 · first token after 0.2 s``."""
+    if done is None:
+        return ""
+    parts = ["stopped"] if done.finish_reason == "cancelled" else []
+    if done.seconds > 0 and done.completion_tokens > 1:
+        parts.append(f"{(done.completion_tokens - 1) / done.seconds:.1f} tokens/s")
+    if done.completion_tokens:
+        parts.append(f"{done.completion_tokens:,} tokens")
+    if done.finish_reason == "length":
+        parts.append("cut at the length limit")
+    if done.prompt_tokens and snapshot.loaded:
+        used = done.prompt_tokens + done.completion_tokens
+        parts.append(f"context {used:,} of {snapshot.loaded.order.ctx_tokens:,}")
+        parts.append(f"first token after {done.first_token_seconds:.1f} s")
+    if done.dropped_messages:
+        parts.append(f"the oldest {done.dropped_messages} messages did not fit and were left out")
+    return " · ".join(parts)

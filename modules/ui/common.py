@@ -1,0 +1,53 @@
+"""What the tabs share: how events are wired, messages that pop up, tables, text made safe for Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from modules.errors import LoadstoneError
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+
+
+def inform(text: str) -> None:
+    """A message that pops up. Names from disk may stand in it: nothing in it is taken for HTML."""
+    gr.Info(escape(text))
+
+
+def warn(error: LoadstoneError) -> None:
+    """An error that pops up for as long as it takes to read."""
+    gr.Warning(escape(str(error)), title=escape(error.title), duration=10)
+
+
+def markdown(text: str) -> str:
+    """``text`` with everything that Markdown would take for a sign of its own made plain."""
+    return re.sub(r"([\\`*_{}\[\]()#+!<>|~])", r"\\\1", text)
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Rows of a name and a text as an HTML table; rows without a text are left out."""
+    cells = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows if text)
+    return f'<table class="facts">{cells}</table>'
+
+
+def small(text: str) -> str:
+    return f'<div class="small">{escape(text) or "&nbsp;"}</div>'
+
+
+def guarded(outputs: int, action: Callable[..., Any]) -> Callable[..., Any]:
+    """``action``, which an error of ours ends with a message that pops up and nothing changed."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except LoadstoneError as error:
+            warn(error)
+            return [gr.skip() for _ in range(outputs)] if outputs != 1 else gr.skip()
+
+    return run

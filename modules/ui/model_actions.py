@@ -1,0 +1,199 @@
+"""What a click on the Model tab does, and which widget it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from modules.errors import LoadstoneError
+from modules.options import LOAD_OPTIONS, alpha_for
+from modules.service import Service, View
+from modules.ui import cards
+from modules.ui.common import QUIET, guarded, inform, warn
+from modules.ui.form import form_updates, form_values
+from modules.ui.model_tab import (
+    ModelTab,
+    labelled,
+    model_choices,
+    selected_outputs,
+    show_selected,
+    state_updates,
+    view_updates,
+)
+
+POLL_S = 0.25
+
+
+def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+    """An option was changed by hand: what applies now, what fits now. No value is touched."""
+    try:
+        values = form_values(tab.form, raw)
+    except LoadstoneError as error:
+        view = service.view(model or "")
+        problem = View(**{**view.__dict__, "problem": error})
+        return view_updates(tab, service, problem, with_values=False)
+    return view_updates(tab, service, service.view(model or "", values), with_values=False)
+
+
+def _follow(service: Service, model: str | None) -> Iterator[list[Any]]:
+    """State updates until the load that was just asked for has ended."""
+    while True:
+        snapshot = service.snapshot()
+        yield state_updates(service, model)
+        if not cards.busy(snapshot):
+            return
+        service.supervisor.wait(snapshot.version, POLL_S)
+
+
+def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any, anyway: bool = False) -> Iterator[list[Any]]:
+    yield from _act(service, lambda: service.load(model or "", form_values(tab.form, raw), anyway=anyway), model)
+
+
+def _act(service: Service, action: Callable[[], None], model: str | None) -> Iterator[list[Any]]:
+    try:
+        action()
+    except LoadstoneError as error:
+        warn(error)
+        yield state_updates(service, model, error)
+        return
+    yield from _follow(service, model)
+
+
+def _autoload(tab: ModelTab, service: Service, model: str | None, on: bool, *raw: Any) -> Iterator[list[Any]]:
+    loaded = service.snapshot().loaded
+    if on and model and not (loaded and loaded.order.name == model):
+        yield from _load(tab, service, model, *raw)
+    else:
+        yield [gr.skip() for _ in tab.follows_state]  # a generator that yields nothing would empty the outputs
+
+
+def _fixed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+    """The form with the changes that the error on the card proposes for this model."""
+    values = form_values(tab.form, raw)
+    snapshot = service.snapshot()
+    fix = snapshot.error.fix if snapshot.error and snapshot.order and snapshot.order.name == model else {}
+    try:
+        service.order(model or "", values)
+    except LoadstoneError as refused:
+        fix = refused.fix
+    values.update({name: value for name, value in fix.items() if name in LOAD_OPTIONS})
+    return form_updates(tab.form, service.view(model or "", values), with_values=True)
+
+
+def _with(tab: ModelTab, service: Service, model: str | None, values: dict[str, Any]) -> list[Any]:
+    return view_updates(tab, service, service.view(model or "", values), with_values=True)
+
+
+def _stretched(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+    """The form with the alpha_value that suits the context asked for."""
+    values = form_values(tab.form, raw)
+    view = service.view(model or "", values)
+    if view.facts and view.facts.context_tokens:
+        values["alpha_value"] = alpha_for(view.context_tokens / view.facts.context_tokens)
+    return _with(tab, service, model, values)
+
+
+def _take_way(tab: ModelTab, service: Service, place: int, model: str | None, *raw: Any) -> list[Any]:
+    """The form with the changes of one suggestion."""
+    values = form_values(tab.form, raw)
+    view = service.view(model or "", values)
+    ways = [suggestion for suggestion in view.fit.plan.suggestions if suggestion.options] if view.fit else []
+    if place < len(ways):
+        values.update(ways[place].options)
+    return _with(tab, service, model, values)
+
+
+def _allow_and_load(
+    tab: ModelTab, service: Service, shown: dict[str, str], model: str | None, *raw: Any
+) -> Iterator[list[Any]]:
+    """Allow the Python files as they were shown, and load."""
+
+    def act() -> None:
+        service.allow_code(model or "", shown)
+        service.load(model or "", form_values(tab.form, raw))
+
+    yield from _act(service, act, model)
+
+
+def _save(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+    path = service.save_settings(model or "", form_values(tab.form, raw))
+    inform(f"Saved for {model} in {path.parent.name}/{path.name}.")
+    return view_updates(tab, service, service.view(model or ""), with_values=True)
+
+
+def _forget(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
+    if model:
+        service.settings.forget(model)
+    return view_updates(tab, service, service.view(model or ""), with_values=True)
+
+
+def _import(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
+    plan = service.settings.importable(model_choices(service))
+    service.settings.import_legacy(plan)
+    count = len(plan.values)
+    left_out = f" Not understood: {', '.join(plan.left_out)}." if plan.left_out else ""
+    inform(f"Imported settings for {count} model{'s' if count != 1 else ''}.{left_out}")
+    return [gr.update(visible="hidden"), *view_updates(tab, service, service.view(model or ""), with_values=True)]
+
+
+def _refresh(service: Service, model: str | None) -> Any:
+    choices = model_choices(service)
+    return gr.update(choices=labelled(service, choices), value=model if model in choices else None)
+
+
+def wire(tab: ModelTab, service: Service) -> None:
+    """Connect the tab's widgets to the service."""
+    inputs = [tab.model, *tab.form.widgets]
+    shown = len(tab.follows_view)
+
+    def bound(action: Callable[..., Any], outputs: int = shown) -> Callable[..., Any]:
+        return guarded(outputs, partial(action, tab, service))
+
+    changed, load = partial(_changed, tab, service), partial(_load, tab, service)
+    selected = tab.model.input(partial(show_selected, tab, service), tab.model, selected_outputs(tab), **QUIET)
+    autoload = partial(_autoload, tab, service)
+    selected.then(autoload, [tab.model, tab.autoload, *tab.form.widgets], tab.follows_state, **QUIET)
+    gr.on(
+        [tab.model.input, tab.autoload.input],
+        lambda model, autoload: {"model": model, "autoload": autoload},
+        [tab.model, tab.autoload], tab.remembered, queue=False, **QUIET,
+    )  # fmt: skip
+    gr.on(
+        [field.input for field in tab.form.widgets],
+        changed, inputs, tab.follows_view, trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    _wire_loading(tab, service, inputs, changed, load)
+    for place, way in enumerate(tab.ways):
+        take = guarded(shown, partial(_take_way, tab, service, place))
+        way.click(take, inputs, tab.follows_view, **QUIET)
+    tab.stretch.click(bound(_stretched), inputs, tab.follows_view, **QUIET)
+    tab.save.click(bound(_save), inputs, tab.follows_view, **QUIET)
+    tab.forget.click(bound(_forget), tab.model, tab.follows_view, **QUIET)
+    tab.import_legacy.click(bound(_import, shown + 1), tab.model, [tab.import_legacy, *tab.follows_view], **QUIET)
+
+
+def _wire_loading(
+    tab: ModelTab, service: Service, inputs: list[Any], changed: Callable[..., Any], load: Callable[..., Any]
+) -> None:
+    """The buttons that change what is loaded; afterwards what is free has changed."""
+    acts: dict[str, Any] = {"outputs": tab.follows_state, **QUIET}
+    submits = [field.submit for field in tab.form.widgets if hasattr(field, "submit")]
+    fixed = guarded(len(tab.form.widgets), partial(_fixed, tab, service))
+    acted = [
+        gr.on([tab.load.click, *submits], load, inputs, **acts),
+        tab.anyway.click(partial(load, anyway=True), inputs, **acts),
+        tab.fix.click(fixed, inputs, tab.form.widgets, **QUIET).then(load, inputs, **acts),
+        tab.allow_code.click(partial(_allow_and_load, tab, service), [tab.shown_code, *inputs], **acts),
+        *(
+            button.click(partial(_act, service, action), tab.model, **acts)
+            for button, action in (
+                (tab.unload, service.unload), (tab.reload, service.reload), (tab.cancel, service.cancel),
+            )
+        ),
+        tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **QUIET),
+    ]  # fmt: skip
+    for event in acted:
+        event.then(changed, inputs, tab.follows_view, **QUIET)
