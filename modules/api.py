@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from modules.errors import InternalError, LoadstoneError, OptionError
+from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError
 from modules.options import LOAD_OPTIONS
 from modules.service import Service
 from modules.supervisor import Snapshot, State
@@ -83,8 +83,8 @@ def _router(service: Service) -> APIRouter:
         if not body.wait:
             return describe(service.snapshot())
         snapshot = service.supervisor.wait_loaded()
-        if snapshot.error and snapshot.state is not State.READY:
-            raise snapshot.error
+        if snapshot.state is not State.READY:  # unloaded meanwhile, or the server ends: there is no error then
+            raise snapshot.error or Cancelled(f"{body.model_name} was not loaded: the load was ended.")
         return describe(snapshot)
 
     @router.post("/v1/internal/model/unload")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
@@ -18,6 +19,7 @@ from modules.errors import PortInUse
 from modules.service import Service
 
 HOST = "127.0.0.1"
+_LAST_ANSWERS_S = 0.1  # for answers that waited for a model, once there is none to wait for
 
 
 def listen(port: int) -> socket.socket:
@@ -43,17 +45,31 @@ def application(service: Service) -> access.AccessMiddleware:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, when_up: Callable[[], None]) -> None:
+    """``when_up`` is called when requests are answered, ``when_ending`` before their connections are closed."""
+
+    def __init__(self, config: uvicorn.Config, when_up: Callable[[], None], when_ending: Callable[[], None]) -> None:
         super().__init__(config)
         self._when_up = when_up
+        self._when_ending = when_ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._when_up()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what would not end by itself: an open page listens for as long as it is open.
+
+        uvicorn waits for such connections, then cancels their tasks and logs a traceback for each.
+        """
+        await asyncio.to_thread(self._when_ending)
+        await asyncio.sleep(_LAST_ANSWERS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.close()
+        await super().shutdown(sockets)
+
 
 def serve(service: Service, listener: socket.socket, *, open_browser: bool, verbose: bool) -> None:
-    """Serve until Ctrl-C or SIGTERM. The warm worker starts when the page is up, not before."""
+    """Serve until Ctrl-C or SIGTERM, which end the workers too. The warm one starts when the page is up."""
     url = f"http://{HOST}:{listener.getsockname()[1]}"
 
     def when_up() -> None:
@@ -68,4 +84,4 @@ def serve(service: Service, listener: socket.socket, *, open_browser: bool, verb
         timeout_graceful_shutdown=1,
         server_header=False,
     )
-    _Server(config, when_up).run(sockets=[listener])
+    _Server(config, when_up, when_ending=service.supervisor.close).run(sockets=[listener])

@@ -35,6 +35,11 @@ class Server:
     home: Path
     url: str = ""
     output: list[str] = field(default_factory=list)
+    reader: threading.Thread = field(init=False)  # ends when all of the output is there
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=_read, args=(self,), daemon=True)
+        self.reader.start()
 
     def call(self, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None) -> Any:
         """(status, JSON) of one route."""
@@ -81,7 +86,6 @@ def start_server(home: Path, *flags: str) -> Server:
     command = [sys.executable, "server.py", "--listen-port", "0", "--no-hf-cache", "--home", str(home), *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     server = Server(process, home)
-    threading.Thread(target=_read, args=(server,), daemon=True).start()
     wait_for(lambda: server.url or process.poll() is not None, "the server's address", WAIT_S)
     assert server.url, "".join(server.output)
     return server
