@@ -17,7 +17,7 @@ LOAD_MS = 90_000
 
 def select_model(page: Page, name: str = NAME) -> None:
     """Choose a model in the menu, as a person would: only if another one is chosen, and look at what it is."""
-    expect(page.locator("#status")).not_to_be_empty()
+    expect(page.locator("#summary .small")).to_be_visible(timeout=20_000)  # the page has been filled in
     menu = page.locator("#model input")
     if not menu.input_value().startswith(f"{name} · "):
         menu.click()
