@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modules import flags
-from modules.devices import Machine
-from modules.errors import Busy, CustomCodeRefused, LoadstoneError, NothingLoaded, OptionConflict, OptionError
-from modules.library import Library
+from modules.errors import (
+    Busy,
+    CustomCodeRefused,
+    LoadstoneError,
+    ModelNotFound,
+    NothingLoaded,
+    OptionConflict,
+    OptionError,
+)
 from modules.options import LOAD_OPTIONS, LoadOptions, Spec
 from modules.protocol import Done, Piece
-from modules.service import Service, Source
-from modules.settings import CodeApprovals, Settings
-from modules.supervisor import State, Supervisor
-
-MACHINE = Machine(gpus=(), ram_total_bytes=16 * 2**30, ram_free_bytes=12 * 2**30, disk_free_bytes=2**40)
-Make = Callable[..., Service]
+from modules.service import Source
+from modules.supervisor import State
+from tests import checkpoints
+from tests.services import CountedMeasure, CountedSettings, Make, services
 
 # A value that differs from the default for each option that applies to the demo model on a machine without a GPU.
 OTHER_VALUES: dict[str, Any] = {
@@ -38,30 +41,8 @@ REFUSED_HERE = {"gpu_memory": (10.0, 6.0), "model": ""}
 @pytest.fixture
 def make(tmp_path: Path, demo_model: Path) -> Iterator[Make]:
     """A service on a home of its own with the demo model in it; its supervisor is closed afterwards."""
-    models = tmp_path / "models"
-    models.mkdir()
-    (models / "demo").symlink_to(demo_model, target_is_directory=True)
-    made: list[Service] = []
-
-    def service(argv: tuple[str, ...] = (), settings: str = "", **saved: Any) -> Service:
-        (tmp_path / "settings.yaml").write_text(settings)
-        parsed = flags.parse(argv)
-        assert isinstance(parsed, flags.Parsed)
-        kept = Settings(tmp_path / "settings.yaml", models)
-        if saved:
-            kept.save("demo", saved)
-        made.append(
-            Service(
-                Library([models]), kept, CodeApprovals(models / ".cache" / "allowed-code.json"),
-                Supervisor(warm_worker=False), lambda: MACHINE, cache_dir=models / ".cache",
-                flags=parsed.load, generation_flags=parsed.generation,
-            )
-        )  # fmt: skip
-        return made[-1]
-
-    yield service
-    for one in made:
-        one.supervisor.close()
+    with services(tmp_path, demo_model) as made:
+        yield made
 
 
 def words(spec: Spec, value: Any) -> list[str]:
@@ -166,6 +147,88 @@ def test_a_broken_saved_file_is_named_kept_and_ignored(make: Make, tmp_path: Pat
     assert broken.read_text() == "ctx_size: [\n"
 
 
+def test_a_model_named_by_its_path_is_one_of_the_models_from_then_on(make: Make, demo_model: Path) -> None:
+    service = make(("--model", str(demo_model), "--ctx-size", "1024"))
+    assert [model.name for model in service.models()] == ["demo"]
+    assert service.start_model() == demo_model.name == service.preselected
+    assert [model.name for model in service.models()] == ["demo", demo_model.name]
+    order = service.order(demo_model.name)  # as the page asks, which takes no path
+    assert (order.path, order.ctx_tokens) == (str(demo_model), 1024)
+    assert service.start_model() == demo_model.name
+
+
+def test_what_is_saved_for_a_model_named_by_its_path_counts(make: Make, demo_model: Path) -> None:
+    service = make(("--model", str(demo_model)))
+    service.settings.save(demo_model.name, {"ctx_size": 1536})
+    assert service.view(str(demo_model), source="command line").options.ctx_size == 1536
+
+
+def test_a_flag_that_the_named_model_cannot_follow_is_refused_also_by_path(make: Make) -> None:
+    quantized = checkpoints.bitsandbytes(4)
+    service = make(("--model", str(quantized), "--load-in-4bit"))
+    for _ in range(2):  # by its path, by its name
+        with pytest.raises(OptionConflict, match="already quantized") as refused:
+            service.load_at_start()
+        assert refused.value.hint == "Leave --load-in-4bit out for this model."
+    assert service.order(service.preselected, refused.value.fix).options == LoadOptions()
+
+
+def test_a_flag_that_another_model_cannot_follow_is_left_out_and_said(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "models" / "quantized").symlink_to(checkpoints.bitsandbytes(4), target_is_directory=True)
+    order = make(("--model", "demo", "--load-in-4bit")).order("quantized")
+    assert order.options == LoadOptions()
+    [note] = order.notes
+    assert note.startswith("--load-in-4bit is left out here.")
+
+
+def test_notes_travel_with_the_order(make: Make, tmp_path: Path) -> None:
+    service = make(("--disable_exllama",))
+    (tmp_path / "models" / "demo.yaml").write_text("ctx_size: [\n")
+    notes = service.order("demo", {"ctx_size": 12_288}).notes
+    for words in ("demo.yaml", "--disable_exllama has no effect here", "beyond the model's 8,192"):
+        assert [note for note in notes if words in note], words
+
+
+@pytest.mark.parametrize("source", ["page", "api"])
+def test_what_only_this_machine_may_choose_is_refused_from_elsewhere(make: Make, source: Source) -> None:
+    service = make(disk_cache_dir="saved")
+    for spelling in ("disk_cache_dir", "disk-cache-dir"):
+        with pytest.raises(OptionError, match="--disk-cache-dir can only be given on the command line"):
+            service.order("demo", {"disk": True, spelling: "elsewhere"}, source)
+    with pytest.raises(OptionError, match="--disk-cache-dir"):
+        service.save_settings("demo", {"disk_cache_dir": "elsewhere"})
+    same = service.order("demo", {"disk": True, "disk_cache_dir": "saved"}, source)  # a whole form, unchanged
+    assert same.offload_dir == "saved"
+
+
+def test_one_look_at_machine_and_saved_file_for_a_view_and_for_an_order(make: Make) -> None:
+    service = make(ctx_size=2048)
+    measure, settings = service.measure, service.settings
+    assert isinstance(measure, CountedMeasure)
+    assert isinstance(settings, CountedSettings)
+    service.view("demo", {"bf16": True})
+    assert (measure.calls, settings.reads) == (1, 1)
+    service.order("demo", {"bf16": True})
+    assert (measure.calls, settings.reads) == (2, 2)
+
+
+@pytest.mark.parametrize("ends", ["load", "unload"])
+def test_a_start_error_names_its_model_until_something_else_is_done(make: Make, ends: str) -> None:
+    service = make(("--model", "no-such-model"))
+
+    def shown() -> tuple[str, str]:
+        return (service.start_error.kind if service.start_error else "", service.start_error_for)
+
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        service.load_at_start()
+    assert shown() == ("model_not_found", "no-such-model")
+    with pytest.raises(ModelNotFound, match="other"):
+        service.load("other")
+    assert shown() == ("model_not_found", "no-such-model")  # nothing has changed
+    service.load("demo") if ends == "load" else service.unload()
+    assert shown() == ("", "")
+
+
 def custom_code(folder: Path, body: str = "x = 1\n") -> None:
     folder.mkdir(exist_ok=True)
     (folder / "modeling.py").write_text(body)
@@ -188,12 +251,18 @@ def test_custom_code_runs_only_after_a_yes_to_exactly_these_files(make: Make, tm
     shown = {file.name: file.sha256 for file in service.library.facts("coded").code_files}
     service.allow_code("coded", shown)
     assert service.order("coded").custom_code_allowed
+    assert service.order("coded").code_hashes == shown
 
     custom_code(folder, "x = 2\n")
     assert not service.order("coded").custom_code_allowed
     with pytest.raises(CustomCodeRefused, match="not the ones"):
         service.allow_code("coded", shown)
-    assert make(("--trust-remote-code",)).order("coded").custom_code_allowed
+    trusted = make(("--trust-remote-code",)).order("coded")
+    assert trusted.custom_code_allowed
+    assert trusted.code_hashes == {}  # whatever they are
+    service.settings.save("coded", {"trust_remote_code": True})  # by the page: no owner's yes
+    with pytest.raises(CustomCodeRefused, match=r"modeling\.py"):
+        service.order("coded", source="command line")
 
 
 def test_generation_values_come_in_layers_and_are_checked(make: Make) -> None:

@@ -1,0 +1,73 @@
+"""Real services on a home folder of their own, for the tests of the service, the API and the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import flags
+from modules.devices import Machine
+from modules.library import Library
+from modules.service import Service
+from modules.settings import CodeApprovals, Settings
+from modules.supervisor import Supervisor
+
+MACHINE = Machine(gpus=(), ram_total_bytes=16 * 2**30, ram_free_bytes=12 * 2**30, disk_free_bytes=2**40)
+Make = Callable[..., Service]
+
+
+class CountedSettings(Settings):
+    """Counts how often a model's saved file is read."""
+
+    reads = 0
+
+    def saved(self, model_name: str) -> tuple[dict[str, Any], str]:
+        self.reads += 1
+        return super().saved(model_name)
+
+
+class CountedMeasure:
+    """The same machine each time; counts how often it is asked for."""
+
+    calls = 0
+
+    def __call__(self) -> Machine:
+        self.calls += 1
+        return MACHINE
+
+
+@contextmanager
+def services(home: Path, demo_model: Path) -> Iterator[Make]:
+    """Makes services whose models/ holds the demo model as ``demo``. Their supervisors are closed afterwards.
+
+    ``make(argv, settings, **saved)``: the command line's words, the text of settings.yaml, and what is saved for
+    the demo model.
+    """
+    models = home / "models"
+    models.mkdir()
+    (models / "demo").symlink_to(demo_model, target_is_directory=True)
+    made: list[Service] = []
+
+    def make(argv: tuple[str, ...] = (), settings: str = "", **saved: Any) -> Service:
+        (home / "settings.yaml").write_text(settings)
+        parsed = flags.parse(argv)
+        assert isinstance(parsed, flags.Parsed)
+        kept = CountedSettings(home / "settings.yaml", models)
+        if saved:
+            kept.save("demo", saved)
+        made.append(
+            Service(
+                Library([models]), kept, CodeApprovals(models / ".cache" / "allowed-code.json"),
+                Supervisor(warm_worker=False), CountedMeasure(), cache_dir=models / ".cache",
+                flags=parsed.load, generation_flags=parsed.generation,
+            )
+        )  # fmt: skip
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for one in made:
+            one.supervisor.close()
