@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from modules import packages
+from modules import copies, packages
 from modules.devices import Machine
 from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound, OptionError
 from modules.library import Library, Model, ModelFacts
@@ -251,6 +251,16 @@ class Service:
 
     def cancel(self) -> None:
         self.supervisor.cancel()
+
+    # --- quantized copies ---
+
+    def quantized_copies(self) -> list[copies.QuantizedCopy]:
+        """The quantized copies that loads have kept, by model."""
+        return copies.copies(self._cache_dir)
+
+    def delete_copy(self, key: str) -> None:
+        """Delete one; a model that was loaded from it goes on. Raises UserError where there is none of that key."""
+        copies.delete(self._cache_dir, key)
 
     # --- settings ---
 

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 import gradio as gr
 
 from modules import packages
+from modules.copies import QuantizedCopy
 from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS
 from modules.service import Service
-from modules.ui.common import QUIET, table
+from modules.ui.common import QUIET, guarded, table
 from modules.units import format_bytes
 
 
 def build(service: Service, tab: gr.Tab) -> None:
     """Lay out and wire the tab; its content is made when it is opened and when Refresh is clicked."""
     content = gr.HTML(elem_id="session")
+    with gr.Row(visible=False, equal_height=True) as row:
+        copy = gr.Dropdown(choices=[], label="Quantized copy", elem_id="copy", scale=4)
+        delete = gr.Button("🗑 Delete", size="sm", min_width=90, elem_id="copy-delete")
     refresh = gr.Button("⟳ Refresh", size="sm", min_width=90, elem_id="session-refresh")
-    gr.on([tab.select, refresh.click], lambda: session_html(service), None, content, **QUIET)
+
+    def shown() -> list[Any]:
+        choices = [(f"{copy.model or copy.key}, {copy.what}", copy.key) for copy in service.quantized_copies()]
+        first = choices[0][1] if choices else None
+        return [session_html(service), gr.update(visible=bool(choices)), gr.update(choices=choices, value=first)]
+
+    def deleted(key: str | None) -> list[Any]:
+        if key:
+            service.delete_copy(key)
+        return shown()
+
+    outputs = [content, row, copy]
+    gr.on([tab.select, refresh.click], shown, None, outputs, **QUIET)
+    delete.click(guarded(len(outputs), deleted), copy, outputs, **QUIET)
 
 
 def session_html(service: Service) -> str:
@@ -49,7 +67,12 @@ def session_html(service: Service) -> str:
         ("Machine", rows),
         ("Options in force for every model", set_options or [("", "all at their defaults")]),
         ("Model folders", [("", str(root)) for root in service.library.roots]),
+        ("Quantized copies", [(copy.model or copy.key, _described(copy)) for copy in service.quantized_copies()]),
         ("Packages", list(packages.installed_versions().items())),
         ("Optional packages", extras),
     ]
-    return "".join(f"<h3>{escape(title)}</h3>{table(cells)}" for title, cells in sections)
+    return "".join(f"<h3>{escape(title)}</h3>{table(cells)}" for title, cells in sections if cells)
+
+
+def _described(copy: QuantizedCopy) -> str:
+    return f"{copy.what}, {format_bytes(copy.size_bytes)}, made {copy.made:%Y-%m-%d %H:%M}"
