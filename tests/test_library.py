@@ -335,6 +335,27 @@ class TestFind:
         (root / "quants" / "q8.gguf").unlink()
         assert library.find(str(root / "quants"), allow_paths=True).path == root / "quants" / "q4.gguf"
 
+    @pytest.mark.parametrize(("folder", "name"), [("new", "new"), ("SmolLM2-135M", "SmolLM2-135M (elsewhere)")])
+    def test_a_path_that_was_added_is_offered_under_a_free_name(self, root: Path, folder: str, name: str) -> None:
+        library = Library([root])
+        path = make(root.parent / "elsewhere" / folder, "model.safetensors")
+        added = library.add(library.find(str(path), allow_paths=True))
+        assert added.name == name
+        assert library.add(added) == added
+        make(root / "new", "model.safetensors")  # a later one does not take its name away
+        assert library.find(name).path == path
+        assert {model.path for model in library.models()} >= {path, root / "new", root / "SmolLM2-135M"}
+        assert len({model.name for model in library.models()}) == len(library.models())
+        shutil.rmtree(path)
+        assert path not in {model.path for model in library.models()}
+
+    def test_what_is_offered_already_is_not_added(self, root: Path) -> None:
+        library = Library([root])
+        for model in (*library.models(), library.find(str(make(root / "broken")), allow_paths=True)):
+            before = library.models()
+            assert library.add(model) == model
+            assert library.models() == before
+
     def test_a_path_to_another_file(self, root: Path) -> None:
         with pytest.raises(UnsupportedModel, match=r"model\.safetensors is neither"):
             Library([]).find(str(root / "org" / "name" / "model.safetensors"), allow_paths=True)

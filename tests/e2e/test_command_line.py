@@ -103,6 +103,15 @@ def test_a_model_that_cannot_load_still_opens_the_page(
     expect(open_page(server).locator("#card")).to_contain_text("no-such-model")
 
 
+def test_a_model_named_by_its_path_is_one_of_the_models(launch: Callable[..., Server], demo_model: Path) -> None:
+    server = launch("--no-warm-worker", "--model", str(demo_model), "--bf16")
+    name = f"{NAME} ({demo_model.parent.name})"  # models/ has one of the same name
+    assert server.wait_state("ready")["model_name"] == name
+    assert server.call("/v1/internal/model/list")[1] == {"model_names": [NAME, name]}
+    status, info = server.load(name, ctx_size=1024)
+    assert (status, info["options"]["bf16"], info["context_tokens"]) == (200, True, 1024)
+
+
 def test_settings_yaml_gives_defaults_and_flags_win(home: Path) -> None:
     (home / "settings.yaml").write_text("load_in_8bit: true\nmax_new_tokens: 3\ntemperature: 0\n")
     done = run("--home", str(home), "--no-hf-cache", "--model", NAME, "--load-in-4bit", "--prompt", "Hello")

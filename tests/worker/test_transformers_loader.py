@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from modules import packages
+from modules.checkpoint import code_hashes
 from modules.errors import BrokenCheckpoint, CustomCodeRefused, MissingPackage, NotAModel, OptionError, OutOfMemory
 from modules.protocol import Progress
 from modules.worker import transformers_loader
@@ -230,6 +231,25 @@ def test_custom_code_runs_when_allowed(tmp_path: Path) -> None:
     result = load(checkpoints.custom_code(), tmp_path, custom_code_allowed=True)
     assert result.report.architecture == "OwnForCausalLM"
     assert greedy(result) == greedy(load(checkpoints.llama(), tmp_path))
+
+
+def test_only_the_very_code_that_was_allowed_runs(tmp_path: Path) -> None:
+    folder = checkpoints.copied(checkpoints.custom_code(), tmp_path / "model")
+    allowed = code_hashes(folder)
+    assert load(folder, tmp_path, custom_code_allowed=True, code_hashes=allowed).report.architecture == "OwnForCausalLM"
+    marker = tmp_path / "ran"
+    for name in ("modeling_own.py", "inner/another.py"):  # changed, added
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(marker)!r}, 'w')\n")
+        with pytest.raises(CustomCodeRefused, match="not the ones that were allowed"):
+            load(folder, tmp_path, custom_code_allowed=True, code_hashes=allowed)
+        (folder / name).unlink()
+    assert not marker.exists()
+
+
+def test_the_notes_of_the_order_come_first(tmp_path: Path) -> None:
+    notes = ("One option has no effect here.", "Another was left out.")
+    assert load(checkpoints.llama(), tmp_path, notes=notes).report.notes[:2] == notes
 
 
 def test_code_of_another_repository_is_never_run(tmp_path: Path) -> None:
