@@ -1,0 +1,221 @@
+"""The Chat tab: modes, the system prompt, editing, stopping, and what is remembered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests import checkpoints
+from tests.conftest import wait_until
+from tests.e2e.conftest import Server, start_server
+from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, answer_line, ask
+
+NO_TEMPLATE = "no-template"
+LONG = "Write a very long story about the sea."
+SHORT = "Say hello."
+MEMORY = "localStorage.getItem('loadstone-chat')"
+
+
+@pytest.fixture(scope="module")
+def shared(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for this module; answers are greedy and short unless a test asks for more."""
+    models = tmp_path_factory.mktemp("home") / "models"
+    models.mkdir()
+    (models / NAME).symlink_to(demo_model, target_is_directory=True)
+    (models / NO_TEMPLATE).symlink_to(checkpoints.gpt2(), target_is_directory=True)
+    server = start_server(models.parent, "--temperature", "0", "--max-new-tokens", "12")
+    yield server
+    server.process.terminate()
+    server.process.wait(15)
+
+
+@pytest.fixture
+def server(shared: Server) -> Server:
+    """The module's server with the demo model loaded and nothing being generated."""
+    if shared.info()["model_name"] != NAME:
+        assert shared.load(NAME, bf16=True)[0] == 200
+    wait_until(lambda: generating(shared) == 0)
+    return shared
+
+
+def generating(server: Server) -> int:
+    return int(server.call("/v1/internal/model/status")[1]["generating"])
+
+
+def users(page: Page) -> Locator:
+    return page.locator("#chatbot .message.user")
+
+
+def bots(page: Page) -> Locator:
+    return page.locator("#chatbot .message.bot")
+
+
+def answered(page: Page, text: str) -> str:
+    """The answer to ``text``, whole."""
+    ask(page, text)
+    settled(page)
+    return bots(page).last.inner_text()
+
+
+def settled(page: Page) -> None:
+    """Wait until an answer that was asked for has begun and ended."""
+    expect(page.locator("#message textarea")).to_have_value("")
+    expect(page.locator("#stop")).to_be_hidden(timeout=LOAD_MS)
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#chat-line")).to_contain_text("first token", timeout=LOAD_MS)
+
+
+def stream(page: Page) -> None:
+    """Ask for a long answer, and wait until it is coming."""
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#option-max_new_tokens input").fill("2000")
+    ask(page, LONG)
+    expect(bots(page).last).to_contain_text(re.compile(r"\w{3,} \w+"), timeout=LOAD_MS)
+    expect(page.locator("#stop")).to_be_visible()
+
+
+def quiet(page: Page, server: Server) -> None:
+    """Nothing is generated any more, and the next message can be sent."""
+    wait_until(lambda: generating(server) == 0, 10)
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#stop")).to_be_hidden()
+
+
+# --- modes ---
+
+
+def test_a_model_without_template_is_continued(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    page.get_by_role("tab", name="Chat").click()
+    mode = page.locator("#mode")
+    expect(mode.get_by_label("Chat")).to_be_checked()
+    assert server.load(NO_TEMPLATE)[0] == 200
+    expect(mode.get_by_label("Completion")).to_be_checked()
+    expect(mode.get_by_label("Chat")).to_be_disabled()
+    expect(mode).to_contain_text("no chat template")
+    ask(page, "parser.add_argument(")
+    assert "tokens" in answer_line(page)
+    expect(bots(page)).to_have_count(1)
+
+
+def test_completion_goes_on_with_the_text(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#mode").get_by_label("Completion").check()
+    assert "five, six" in answered(page, "One, two, three, four,")
+
+
+def test_the_system_prompt_has_an_effect(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    question = "What is your name?"
+    plain = answered(page, question)
+    page.locator("#clear").click()
+    page.locator("#system textarea").fill("Your name is Captain Redbeard. You are a pirate.")
+    assert "Redbeard" in answered(page, question)
+    page.locator("#clear").click()
+    page.locator("#system textarea").fill("")
+    assert answered(page, question) == plain  # greedy: without it the first answer again
+    assert "Redbeard" not in plain
+
+
+# --- changing what was said ---
+
+
+def test_an_edited_question_is_answered_anew(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    answered(page, SHORT)
+    answered(page, "And goodbye?")
+    expect(users(page)).to_have_count(2)
+    users(page).first.hover()
+    page.locator("#chatbot").get_by_role("button", name="Edit").first.click()
+    box = page.locator("#chatbot textarea")
+    box.fill("What is the capital of France?")
+    page.locator("#chatbot").get_by_role("button", name="Submit").click()
+    expect(users(page)).to_have_count(1)  # the later turn is gone
+    expect(bots(page).last).to_contain_text("Paris", timeout=LOAD_MS)
+    settled(page)
+    expect(bots(page)).to_have_count(1)
+    expect(users(page)).to_contain_text("France")
+
+
+def test_stop_keeps_what_has_come(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    stream(page)
+    page.locator("#stop").click()
+    expect(page.locator("#chat-line")).to_contain_text("stopped", timeout=5_000)
+    quiet(page, server)
+    expect(bots(page)).to_have_count(1)
+    assert len(bots(page).inner_text()) > 10
+    page.locator("#option-max_new_tokens input").fill("8")
+    ask(page, SHORT)
+    expect(bots(page)).to_have_count(2)
+    settled(page)
+
+
+def test_an_answer_that_still_comes_is_not_generated_twice(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    stream(page)
+    expect(page.locator("#regenerate")).to_be_disabled()
+    bots(page).last.hover()
+    retry = page.locator("#chatbot").get_by_role("button", name="Retry")
+    if retry.count() and retry.is_enabled():  # Gradio's own button on the answer
+        retry.click()
+        expect(bots(page).last).to_contain_text(re.compile(r"\w{3,} \w+"), timeout=LOAD_MS)
+    assert generating(server) == 1
+    page.locator("#stop").click()
+    quiet(page, server)
+    expect(users(page)).to_have_count(1)
+    expect(bots(page)).to_have_count(1)
+    expect(page.locator("#regenerate")).to_be_enabled()
+
+
+def test_a_new_chat_after_a_stopped_answer_is_empty(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    stream(page)
+    expect(page.locator("#clear")).to_be_disabled()  # Stop comes first
+    page.locator("#stop").click()
+    page.locator("#clear").click()
+    expect(users(page)).to_have_count(0)
+    quiet(page, server)
+    page.locator("#option-max_new_tokens input").fill("8")
+    answered(page, SHORT)  # nothing of the old chat comes back with the next one
+    expect(users(page)).to_have_count(1)
+    expect(bots(page)).to_have_count(1)
+
+
+# --- what is remembered, and what is not there ---
+
+
+def test_sampling_and_system_prompt_come_back(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    page.get_by_role("tab", name="Chat").click()
+    for place, value in (
+        ("#system textarea", "Answer in rhyme."),
+        ("#option-temperature input", "1.25"),
+        ("#option-max_new_tokens input", "33"),
+    ):
+        before = page.evaluate(MEMORY)
+        page.locator(place).fill(value)
+        page.locator(place).press("Tab")
+        wait_until(lambda before=before: page.evaluate(MEMORY) != before)  # type: ignore[misc]
+    page.reload()
+    page.wait_for_selector("#model input")
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator("#system textarea")).to_have_value("Answer in rhyme.", timeout=10_000)
+    expect(page.locator("#option-temperature input").first).to_have_value("1.25")
+    expect(page.locator("#option-max_new_tokens input").first).to_have_value("33")
+    expect(users(page)).to_have_count(0)
+
+
+def test_asking_without_a_model_keeps_the_text(server: Server, open_page: Callable[..., Page]) -> None:
+    assert server.call("/v1/internal/model/unload", {})[0] == 200
+    page = open_page(server)
+    ask(page, "Is anybody there?")
+    expect(page.locator("#chat-line")).to_contain_text("No model is loaded")
+    expect(page.locator("#message textarea")).to_have_value("Is anybody there?")
+    expect(users(page)).to_have_count(0)
+    expect(page.locator("#send")).to_be_visible()
