@@ -46,7 +46,7 @@ print(json.dumps({{"seconds": time.perf_counter() - begun, "tokens": tokens(load
 PRECISIONS = {"load_in_4bit": ("4-bit", "≤ 0.2 ×"), "load_in_8bit": ("8-bit", "–")}
 
 
-def rows(runs: int = 5) -> list[Row]:
+def rows(runs: int = 3) -> list[Row]:
     return [row for option in PRECISIONS for row in _rows(option, runs)]
 
 
