@@ -24,7 +24,7 @@ from modules.ui.answering import (
     plain,
     settled,
 )
-from modules.ui.common import QUIET, small
+from modules.ui.common import QUIET, edits, small
 from modules.ui.form import option_value, widget, widget_value
 
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
@@ -217,9 +217,9 @@ def wire(tab: ChatTab, service: Service, stops: Stops, remembered: gr.BrowserSta
         end.then(None, tab.chatbot, None, js=_KEEP)
     tab.stop.click(stop, None, None, queue=False, **QUIET)
     gr.on(
-        [field.input for field in tab.remembered],
+        edits(tab.remembered),
         lambda *values: remember(tab, service, *values),
-        tab.remembered, remembered, queue=False, **QUIET,
+        tab.remembered, remembered, queue=False, trigger_mode="always_last", **QUIET,
     )  # fmt: skip
 
 

@@ -40,6 +40,11 @@ def small(text: str) -> str:
     return f'<div class="small">{escape(text) or "&nbsp;"}</div>'
 
 
+def edits(fields: Iterable[Any]) -> list[Any]:
+    """The events that tell of a change by hand. Leaving a field counts: Gradio does not tell of pasted text."""
+    return [event for field in fields for name in ("input", "blur") if (event := getattr(field, name, None))]
+
+
 def guarded(outputs: int, action: Callable[..., Any]) -> Callable[..., Any]:
     """``action``, which an error of ours ends with a message that pops up and nothing changed."""
 

@@ -12,7 +12,7 @@ from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
 from modules.service import Service, View
 from modules.ui import cards
-from modules.ui.common import QUIET, guarded, inform, warn
+from modules.ui.common import QUIET, edits, guarded, inform, warn
 from modules.ui.form import form_updates, form_values
 from modules.ui.model_tab import (
     ModelTab,
@@ -162,7 +162,7 @@ def wire(tab: ModelTab, service: Service) -> None:
         [tab.model, tab.autoload], tab.remembered, queue=False, **QUIET,
     )  # fmt: skip
     gr.on(
-        [field.input for field in tab.form.widgets],
+        edits(tab.form.widgets),
         changed, inputs, tab.follows_view, trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     _wire_loading(tab, service, inputs, changed, load)
