@@ -188,6 +188,7 @@ def test_forget_brings_the_defaults_back(server: Server, open_page: Callable[...
     page.locator("#save").click()
     expect(page.get_by_text(f"Saved for {SMALL}")).to_be_visible()
     assert "ctx_size: 48" in saved.read_text()
+    expect(page.locator("#summary")).to_contain_text("from saved")  # the form has been shown anew
     page.locator("#forget").click()
     expect(field(page, "ctx_size")).to_have_value("")
     assert not saved.exists()
