@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,43 +148,54 @@ def opened(tab: ChatTab, service: Service, remembered: Mapping[str, Any] | None)
     return [mode_update(service.snapshot()), known.get("system", ""), *values]
 
 
-def remember(tab: ChatTab, service: Service, system: str, *values: Any) -> dict[str, Any]:
-    """What this browser keeps: only what differs, so that a changed default is not hidden by an old one."""
+def _remember(tab: ChatTab, service: Service) -> str:
+    """JavaScript for what this browser keeps: only what differs, so that a changed default is not hidden by an old one.
+
+    In the browser and not here: answers that overtake one another would bring old values back.
+    """
     defaults = service.generation_defaults()
-    kept = {
-        name: value
-        for name, value in zip(tab.fields, values, strict=True)
-        if value is not None and value != getattr(defaults, name)
-    }
-    return {**kept, **({"system": system} if system else {})}
+    usual = {"system": "", **{name: getattr(defaults, name) for name in tab.fields}}
+    return (
+        f"(...values) => {{ const usual = Object.entries({json.dumps(usual)});"
+        " return Object.fromEntries(usual.map(([name], i) => [name, values[i]])"
+        ".filter(([, value], i) => value !== null && value !== usual[i][1])); }"
+    )
 
 
-def wire(tab: ChatTab, service: Service, stops: Stops, remembered: gr.BrowserState) -> None:
-    """Connect the tab's widgets to the service. Gradio fills in a request before the inputs, by its annotation."""
+@dataclass(frozen=True)
+class Conversation:
+    """What the buttons of the tab do. Gradio fills in a request before the inputs, by its annotation."""
 
-    def ask(session: str, history: History, before: History, raw: Sequence[Any], text: str = "") -> Iterator[Updates]:
+    tab: ChatTab
+    service: Service
+    stops: Stops
+
+    def _ask(
+        self, request: gr.Request, history: History, before: History, raw: Sequence[Any], text: str = ""
+    ) -> Iterator[Updates]:
         try:
-            question = _question(tab, history, before, raw, text)
+            question = _question(self.tab, history, before, raw, text)
         except LoadstoneError as error:
             yield settled(before, str(error), text=text or None)
             return
-        yield from answer(service, stops, session, question)
+        yield from answer(self.service, self.stops, str(request.session_hash), question)
 
-    def send(request: gr.Request, text: str, history: History, *raw: Any) -> Iterator[Updates]:
+    def send(self, request: gr.Request, text: str, history: History, *raw: Any) -> Iterator[Updates]:
         before = plain(history)
         if not text.strip():
             yield nothing()
             return
-        yield from ask(str(request.session_hash), [*before, {"role": "user", "content": text}], before, raw, text)
+        yield from self._ask(request, [*before, {"role": "user", "content": text}], before, raw, text)
 
-    def again(request: gr.Request, history: History, *raw: Any) -> Iterator[Updates]:
+    def again(self, request: gr.Request, history: History, *raw: Any) -> Iterator[Updates]:
+        """The last question once more."""
         before = plain(history)
         if not (kept := _answered(before)):
             yield nothing()
             return
-        yield from ask(str(request.session_hash), kept, before, raw)
+        yield from self._ask(request, kept, before, raw)
 
-    def edited(edit: gr.EditData, request: gr.Request, history: History, *raw: Any) -> Iterator[Updates]:
+    def edited(self, edit: gr.EditData, request: gr.Request, history: History, *raw: Any) -> Iterator[Updates]:
         """An edited question is answered anew, an edited answer stays as it is."""
         before = plain(history)
         index = int(edit.index[0] if isinstance(edit.index, list | tuple) else edit.index)
@@ -191,35 +203,39 @@ def wire(tab: ChatTab, service: Service, stops: Stops, remembered: gr.BrowserSta
             yield nothing()
             return
         kept = [*before[:index], {"role": "user", "content": str(edit.value)}]
-        yield from ask(str(request.session_hash), kept, kept, raw)
+        yield from self._ask(request, kept, kept, raw)
 
-    def take_back(request: gr.Request, history: History, text: str) -> Updates:
-        stops.drop(str(request.session_hash))
+    def take_back(self, request: gr.Request, history: History, text: str) -> Updates:
+        self.stops.drop(str(request.session_hash))
         kept, field = _take_back(history, text)
         return [kept, field, *settled(kept, "")[2:]]
 
-    def clear(request: gr.Request) -> Updates:
-        stops.drop(str(request.session_hash))
+    def clear(self, request: gr.Request) -> Updates:
+        self.stops.drop(str(request.session_hash))
         return settled([], "")
 
-    def stop(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
+    def stop(self, request: gr.Request) -> None:
+        self.stops.stop(str(request.session_hash))
 
+
+def wire(tab: ChatTab, service: Service, stops: Stops, remembered: gr.BrowserState) -> None:
+    """Connect the tab's widgets to the service."""
+    chat = Conversation(tab, service, stops)
     asks: dict[str, Any] = {"outputs": tab.follows_answer, "concurrency_limit": None, **QUIET}
+    inputs = [tab.chatbot, *tab.settings]
     ends = [
-        gr.on([tab.send.click, tab.text.submit], send, [tab.text, tab.chatbot, *tab.settings], **asks),
-        gr.on([tab.again.click, tab.chatbot.retry], again, [tab.chatbot, *tab.settings], **asks),
-        tab.chatbot.edit(edited, [tab.chatbot, *tab.settings], **asks),
-        gr.on([tab.undo.click, tab.chatbot.undo], take_back, [tab.chatbot, tab.text], tab.follows_answer, **QUIET),
-        gr.on([tab.clear.click, tab.chatbot.clear], clear, None, tab.follows_answer, **QUIET),
+        gr.on([tab.send.click, tab.text.submit], chat.send, [tab.text, *inputs], **asks),
+        gr.on([tab.again.click, tab.chatbot.retry], chat.again, inputs, **asks),
+        tab.chatbot.edit(chat.edited, inputs, **asks),
+        gr.on([tab.undo.click, tab.chatbot.undo], chat.take_back, [tab.chatbot, tab.text], tab.follows_answer, **QUIET),
+        gr.on([tab.clear.click, tab.chatbot.clear], chat.clear, None, tab.follows_answer, **QUIET),
     ]
     for end in ends:
         end.then(None, tab.chatbot, None, js=_KEEP)
-    tab.stop.click(stop, None, None, queue=False, **QUIET)
+    tab.stop.click(chat.stop, None, None, queue=False, **QUIET)
     gr.on(
-        edits(tab.remembered),
-        lambda *values: remember(tab, service, *values),
-        tab.remembered, remembered, queue=False, trigger_mode="always_last", **QUIET,
+        edits(tab.remembered), None, tab.remembered, remembered, js=_remember(tab, service),
+        trigger_mode="multiple", **QUIET,
     )  # fmt: skip
 
 

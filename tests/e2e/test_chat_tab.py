@@ -85,11 +85,10 @@ def quiet(page: Page, server: Server) -> None:
     expect(page.locator("#stop")).to_be_hidden()
 
 
-def kept(page: Page, value: str, change: Callable[[], None]) -> None:
-    """Change a field, and wait until the browser keeps ``value``."""
+def kept(page: Page, change: Callable[[], None]) -> None:
+    """Change a field, and wait until the browser has kept something else than before."""
     before = page.evaluate(MEMORY)
-    with page.expect_response(lambda answer: value in (answer.request.post_data or ""), timeout=10_000):
-        change()
+    change()
     wait_until(lambda: page.evaluate(MEMORY) != before)
 
 
@@ -203,9 +202,9 @@ def test_sampling_and_system_prompt_come_back(server: Server, open_page: Callabl
     page = open_page(server)
     page.get_by_role("tab", name="Chat").click()
     page.locator("#system textarea").fill("Answer in rhyme")
-    kept(page, "rhyme.", lambda: page.locator("#system textarea").press("."))
-    kept(page, "1.25", lambda: page.locator("#option-temperature input").fill("1.25"))
-    kept(page, "33", lambda: page.locator("#option-max_new_tokens input").fill("33"))
+    kept(page, lambda: page.locator("#system textarea").press("."))
+    kept(page, lambda: page.locator("#option-temperature input").fill("1.25"))
+    kept(page, lambda: page.locator("#option-max_new_tokens input").fill("33"))
     page.reload()
     page.wait_for_selector("#model input")
     page.get_by_role("tab", name="Chat").click()
@@ -235,7 +234,7 @@ def test_a_system_prompt_comes_back_however_it_was_given(
         give(page)
         page.locator("#message textarea").click()
 
-    kept(page, "rhyme.", change)
+    kept(page, change)
     page.reload()
     page.wait_for_selector("#model input")
     page.get_by_role("tab", name="Chat").click()
