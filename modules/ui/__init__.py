@@ -31,19 +31,17 @@ def build(service: Service) -> gr.Blocks:
                 chat = chat_tab.build(service)
             with gr.Tab("Session", id="session") as session:
                 session_tab.build(service, session)
-        # Outside the tabs: what lies in a tab that is not open is not there yet when the page loads.
-        remembered = gr.BrowserState({}, storage_key="loadstone-chat", secret="loadstone")
         model_actions.wire(models, service)
-        chat_tab.wire(chat, service, Stops(), remembered)
-        chat_tab.wire_recall(page, chat)
-        _follow_state(page, service, line, sync, models, chat, remembered)
+        chat_tab.wire(chat, service, Stops())
+        chat_tab.wire_recall(page, chat, service)
+        _follow_state(page, service, line, sync, models, chat)
     page.queue(default_concurrency_limit=16)
     return page
 
 
 def _follow_state(
     page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.Button,
-    models: model_tab.ModelTab, chat: chat_tab.ChatTab, remembered: gr.BrowserState,
+    models: model_tab.ModelTab, chat: chat_tab.ChatTab,
 ) -> None:  # fmt: skip
     """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed."""
 
@@ -53,11 +51,11 @@ def _follow_state(
         mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
         return [cards.status_line(snapshot), mode, since, *model_tab.state_updates(service, model)]
 
-    def opened(remembered_model: dict[str, Any], remembered_chat: dict[str, Any]) -> list[Any]:
+    def opened(remembered: dict[str, Any]) -> list[Any]:
         return [
             cards.status_line(service.snapshot()),
-            *model_tab.opened(models, service, remembered_model),
-            *chat_tab.opened(chat, service, remembered_chat),
+            *model_tab.opened(models, service, remembered),
+            chat_tab.mode_update(service.snapshot()),
         ]
 
     loaded_at = gr.State(0.0)
@@ -66,8 +64,8 @@ def _follow_state(
         queue=False, **QUIET,
     )  # fmt: skip
     page.load(
-        opened, [models.remembered, remembered],
-        [line, *model_tab.opened_outputs(models), *chat.settings],
+        opened, models.remembered,
+        [line, *model_tab.opened_outputs(models), chat.mode],
         **QUIET,
     )  # fmt: skip
 

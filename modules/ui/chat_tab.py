@@ -26,7 +26,7 @@ from modules.ui.answering import (
     settled,
 )
 from modules.ui.common import QUIET, edits, small
-from modules.ui.form import option_value, widget, widget_value
+from modules.ui.form import option_value, widget
 
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
 _NO_TEMPLATE = "This model has no chat template: it continues the text as it stands."
@@ -140,26 +140,20 @@ def _take_back(history: History, text: str) -> tuple[History, Any]:
     return kept[:-1], gr.skip() if text.strip() else kept[-1]["content"]
 
 
-def opened(tab: ChatTab, service: Service, remembered: Mapping[str, Any] | None) -> list[Any]:
-    """The page was opened: the system prompt and the sampling as they were left in this browser."""
-    known = remembered or {}
-    defaults = service.generation_defaults()
-    values = [widget_value(GENERATION_OPTIONS[name], known.get(name, getattr(defaults, name))) for name in tab.fields]
-    return [mode_update(service.snapshot()), known.get("system", ""), *values]
-
-
-def _remember(tab: ChatTab, service: Service) -> str:
-    """JavaScript for what this browser keeps: only what differs, so that a changed default is not hidden by an old one.
-
-    In the browser and not here: answers that overtake one another would bring old values back.
-    """
+def _usual(tab: ChatTab, service: Service) -> str:
+    """The values of ``tab.remembered`` where this browser keeps none, as JavaScript."""
     defaults = service.generation_defaults()
     usual = {"system": "", **{name: getattr(defaults, name) for name in tab.fields}}
-    return (
-        f"(...values) => {{ const usual = Object.entries({json.dumps(usual)});"
-        " return Object.fromEntries(usual.map(([name], i) => [name, values[i]])"
-        ".filter(([, value], i) => value !== null && value !== usual[i][1])); }"
-    )
+    return f"const usual = Object.entries({json.dumps(usual)}); "
+
+
+# In the browser and not on the server: answers that overtake one another would bring old values back.
+# Only what differs is kept, so that a changed default is not hidden by an old one.
+_REMEMBER = """localStorage.setItem('loadstone-chat', JSON.stringify(Object.fromEntries(
+  usual.map(([name, value], i) => [name, values[i], value])
+  .filter(([, now, value]) => now !== null && now !== value))))"""
+_RECOVER = """let kept = {}; try { kept = JSON.parse(localStorage.getItem('loadstone-chat')) ?? {} } catch {}
+  return usual.map(([name, value]) => kept[name] ?? value)"""
 
 
 @dataclass(frozen=True)
@@ -218,7 +212,7 @@ class Conversation:
         self.stops.stop(str(request.session_hash))
 
 
-def wire(tab: ChatTab, service: Service, stops: Stops, remembered: gr.BrowserState) -> None:
+def wire(tab: ChatTab, service: Service, stops: Stops) -> None:
     """Connect the tab's widgets to the service."""
     chat = Conversation(tab, service, stops)
     asks: dict[str, Any] = {"outputs": tab.follows_answer, "concurrency_limit": None, **QUIET}
@@ -233,12 +227,12 @@ def wire(tab: ChatTab, service: Service, stops: Stops, remembered: gr.BrowserSta
     for end in ends:
         end.then(None, tab.chatbot, None, js=_KEEP)
     tab.stop.click(chat.stop, None, None, queue=False, **QUIET)
-    gr.on(
-        edits(tab.remembered), None, tab.remembered, remembered, js=_remember(tab, service),
-        trigger_mode="multiple", **QUIET,
-    )  # fmt: skip
+    keep = f"(...values) => {{ {_usual(tab, service)} {_REMEMBER} }}"
+    gr.on(edits(tab.remembered), None, tab.remembered, None, js=keep, trigger_mode="multiple", **QUIET)
 
 
-def wire_recall(page: gr.Blocks, tab: ChatTab) -> None:
-    """Bring this browser tab's conversation back when the page is opened."""
+def wire_recall(page: gr.Blocks, tab: ChatTab, service: Service) -> None:
+    """Bring back, when the page is opened, this browser tab's conversation and this browser's settings."""
+    recover = f"() => {{ {_usual(tab, service)} {_RECOVER} }}"
+    page.load(None, None, tab.remembered, js=recover)
     page.load(None, None, tab.chatbot, js=_RECALL)
