@@ -12,6 +12,9 @@
     │   │   ├── UnsafeCheckpoint     a pickle with code, or names that leave the folder
     │   │   └── NotAModel            a folder or file that holds no model
     │   ├── UnsupportedModel         an architecture or format no loader takes
+    │   ├── AdapterError             a LoRA cannot be used
+    │   │   ├── AdapterNotFound      no such LoRA, or its folder is gone
+    │   │   └── AdapterMismatch      it was made for another model
     │   ├── CustomCodeRefused        the model brings Python code that nobody allowed
     │   ├── MissingPackage           an optional package is needed
     │   ├── OutOfMemory              a GPU or the RAM is too small for what was asked
@@ -135,6 +138,27 @@ class UnsupportedModel(UserError):
     status = 422
     title = "No loader takes this model"
     remedy = "A newer transformers, or a checkpoint in another format, may be needed."
+
+
+class AdapterError(UserError):
+    kind = "adapter"
+    status = 422
+    title = "The LoRA cannot be used"
+    remedy = "Nothing was changed. Download the LoRA again as safetensors, or choose another."
+
+
+class AdapterNotFound(AdapterError):
+    kind = "adapter_not_found"
+    status = 404
+    title = "No such LoRA"
+    remedy = "Nothing was changed. Put the LoRA's folder under loras/, or name its folder with --lora-dir."
+
+
+class AdapterMismatch(AdapterError):
+    kind = "adapter_mismatch"
+    status = 409
+    title = "The LoRA does not fit the model"
+    remedy = "Nothing was changed. Load the base model that the LoRA was trained on, or choose another LoRA."
 
 
 class CustomCodeRefused(UserError):

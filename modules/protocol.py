@@ -9,11 +9,15 @@ writes events, one line of JSON each, to its stdout. Commands go by HTTP to 127.
 ``POST /load``          :class:`LoadOrder`          202 at once; then Progress …, Ready or Failed events
 ``POST /generate``      :class:`GenerateOrder`      lines of JSON: Piece …, then one Done or Failed;
                                                     closing the connection stops the generation
+``POST /adapters``      :class:`AdaptersOrder`      :class:`AdaptersReport`, when they are active
 ``POST /count``         :class:`CountOrder`         ``{"tokens": n}``
 ``GET /memory``         –                           :class:`Memory`
 ======================  ==========================  ==================================================
 
 A refused command answers with the error's status and its ``to_dict()``. Nothing here knows an engine.
+
+``python -m modules.worker.merge`` is another process: it reads one line, a :class:`MergeOrder`, and writes
+Progress …, then one :class:`Merged` or Failed. The end of its stdin ends it.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from modules.errors import LoadstoneError, error_from_dict
 from modules.options import GenerationOptions, LoadOptions
 
 LOAD, GENERATE, COUNT, MEMORY = "/load", "/generate", "/count", "/memory"
+ADAPTERS = "/adapters"
 Task = Literal["causal", "seq2seq"]
 FinishReason = Literal["stop", "length", "cancelled"]
 ChatMessages: TypeAlias = tuple[dict[str, str], ...]  # {"role": "system" | "user" | "assistant", "content": …}
@@ -39,6 +44,15 @@ class Hello:
 
     secret: str
     imports: bool = True  # import the ML packages now, so that a later load need not
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """One LoRA of a set, and how much of it: 1 is as it was trained, 0 nothing, below 0 the opposite."""
+
+    name: str
+    path: str  # its folder, absolute
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class LoadOrder:
     device_map: dict[str, str] = field(default_factory=dict)  # module → "cpu", "disk", GPU number; {}: no plan
     quantized_cache: bool = False  # read and keep quantized copies under cache_dir
     notes: tuple[str, ...] = ()  # what was left out or has no effect; the report's notes begin with them
+    adapters: tuple[AdapterChoice, ...] = ()  # applied before the model is ready; one that cannot be fails the load
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,50 @@ class GenerateOrder:
     messages: ChatMessages = ()
     prompt: str = ""
     continue_last: bool = False  # go on with the last message, an assistant's, instead of answering it
+    adapters: tuple[AdapterChoice, ...] | None = None  # None: the active set; (): the base; else these, this once
+
+
+@dataclass(frozen=True)
+class AdaptersOrder:
+    """The whole set that is to be active from now on; empty removes all."""
+
+    adapters: tuple[AdapterChoice, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdaptersReport:
+    """What is active now, and how far that moves the model: see :func:`modules.worker.adapters.proof.moved_nats`."""
+
+    adapters: tuple[AdapterChoice, ...]
+    moved_nats: float | None  # KL divergence from the base on a fixed prompt; None for an empty set
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeOrder:
+    """Everything that is needed to write a model and LoRAs as one new checkpoint. Paths are absolute."""
+
+    name: str
+    path: str  # the model's folder, plain 16- or 32-bit weights
+    file_format: str  # "safetensors" or "pytorch"
+    task: Task
+    adapters: tuple[AdapterChoice, ...]
+    out: str  # the folder to make, which appears when it is whole
+    max_shard_size: str = "5GB"
+    custom_code_allowed: bool = False
+    code_hashes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged checkpoint is there. ``tokens``: of greedy answers that it and the unmerged pair agree on."""
+
+    path: str
+    size_bytes: int
+    tokens: int
+    seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +193,7 @@ class Progress:
 class Ready:
     report: LoadReport
     memory: Memory
+    adapters: AdaptersReport | None = None  # None where the order named none
 
 
 @dataclass(frozen=True)
@@ -169,6 +229,10 @@ _CLASSES: Mapping[str, type[Any]] = {
         LoadOrder,
         GenerateOrder,
         CountOrder,
+        AdaptersOrder,
+        AdaptersReport,
+        MergeOrder,
+        Merged,
         Memory,
         Listening,
         Warm,
@@ -180,9 +244,12 @@ _CLASSES: Mapping[str, type[Any]] = {
     )
 }
 _NESTED: Mapping[str, Mapping[str, type[Any]]] = {
-    "LoadOrder": {"options": LoadOptions},
-    "GenerateOrder": {"options": GenerationOptions},
-    "Ready": {"report": LoadReport, "memory": Memory},
+    "LoadOrder": {"options": LoadOptions, "adapters": AdapterChoice},
+    "GenerateOrder": {"options": GenerationOptions, "adapters": AdapterChoice},
+    "AdaptersOrder": {"adapters": AdapterChoice},
+    "AdaptersReport": {"adapters": AdapterChoice},
+    "MergeOrder": {"adapters": AdapterChoice},
+    "Ready": {"report": LoadReport, "memory": Memory, "adapters": AdaptersReport},
 }
 
 
@@ -203,8 +270,6 @@ def decode(line: bytes | str) -> Any:
     name = data.pop("is")
     if name == "Failed":
         return Failed(error_from_dict(data["error"]))
-    for key, cls in _NESTED.get(name, {}).items():
-        data[key] = _build(cls, data[key])
     return _build(_CLASSES[name], data)
 
 
@@ -213,4 +278,12 @@ def _build(cls: type[Any], data: Mapping[str, Any]) -> Any:
     known = {item.name for item in dataclasses.fields(cls)}
     if unknown := set(data) - known:
         raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    nested = _NESTED.get(cls.__name__, {})
+    return cls(**{key: _value(nested.get(key), value) for key, value in data.items()})
+
+
+def _value(cls: type[Any] | None, value: Any) -> Any:
+    """A field's value: one instance of ``cls``, a tuple of them, or plain data where there is no ``cls``."""
+    if isinstance(value, list):
+        return tuple(_value(cls, item) for item in value) if cls else tuple(value)
+    return _build(cls, value) if cls and value is not None else value

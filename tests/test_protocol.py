@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from modules.errors import OutOfMemory
 from modules.options import GenerationOptions, LoadOptions
 from modules.protocol import (
+    AdapterChoice,
+    AdaptersOrder,
+    AdaptersReport,
     CountOrder,
     Done,
     Failed,
@@ -18,6 +21,8 @@ from modules.protocol import (
     LoadOrder,
     LoadReport,
     Memory,
+    Merged,
+    MergeOrder,
     Piece,
     Progress,
     Ready,
@@ -32,7 +37,16 @@ MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_
 
 def orders() -> st.SearchStrategy[LoadOrder]:
     options = st.builds(LoadOptions, load_in_4bit=st.booleans(), gpu_memory=st.tuples(st.floats(0, 1e6)))
-    return st.builds(LoadOrder, options=options)
+    return st.builds(LoadOrder, options=options, adapters=adapters())
+
+
+def adapters() -> st.SearchStrategy[tuple[AdapterChoice, ...]]:
+    return st.lists(st.builds(AdapterChoice, TEXT, TEXT, st.floats(-2, 2)), max_size=3).map(tuple)
+
+
+def applied() -> st.SearchStrategy[AdaptersReport]:
+    moved = st.none() | st.floats(0, 50)
+    return st.builds(AdaptersReport, adapters=adapters(), moved_nats=moved, seconds=st.floats(0, 1e6))
 
 
 def reports() -> st.SearchStrategy[LoadReport]:
@@ -43,11 +57,25 @@ def reports() -> st.SearchStrategy[LoadReport]:
     st.one_of(
         st.builds(Hello),
         orders(),
-        st.builds(GenerateOrder, options=st.just(GenerationOptions(seed=3)), messages=MESSAGES),
+        st.builds(
+            GenerateOrder,
+            options=st.just(GenerationOptions(seed=3)),
+            messages=MESSAGES,
+            adapters=st.none() | adapters(),
+        ),
+        st.builds(AdaptersOrder, adapters=adapters()),
+        applied(),
+        st.builds(MergeOrder, adapters=adapters()),
+        st.builds(Merged, seconds=st.floats(0, 1e6)),
         st.builds(CountOrder, messages=MESSAGES),
         st.builds(Listening),
         st.builds(Progress),
-        st.builds(Ready, report=reports(), memory=st.builds(Memory, COUNT, COUNT, st.tuples(COUNT, COUNT))),
+        st.builds(
+            Ready,
+            report=reports(),
+            memory=st.builds(Memory, COUNT, COUNT, st.tuples(COUNT, COUNT)),
+            adapters=st.none() | applied(),
+        ),
         st.builds(Piece),
         st.builds(Done, first_token_seconds=st.floats(0, 1e6), seconds=st.floats(0, 1e6)),
     )
