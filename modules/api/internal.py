@@ -1,16 +1,14 @@
-"""HTTP routes: a thin skin over ``service.py``. Bodies and answers are JSON."""
+"""Management routes under ``/v1/internal``: what is loaded, load, unload."""
 
 from __future__ import annotations
 
 from typing import Any
 from zlib import crc32
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
-from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError
+from modules.errors import Cancelled
 from modules.options import LOAD_OPTIONS
 from modules.service import Service
 from modules.supervisor import Snapshot, State
@@ -28,56 +26,27 @@ class LoadBody(BaseModel):
     anyway: bool = False
 
 
-def install(app: FastAPI, service: Service) -> None:
-    """Add the routes and the error answers to ``app``."""
-    app.include_router(_router(service))
-    for raised in (LoadstoneError, RequestValidationError, Exception):
-        app.add_exception_handler(raised, _answer_error)
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
 
-
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    """Every error as JSON of one form. What nobody foresaw is logged by the server, traceback and all."""
-    known = _typed(error)
-    return JSONResponse({"error": known.to_dict()}, status_code=known.status)
-
-
-def _typed(error: Exception) -> LoadstoneError:
-    if isinstance(error, LoadstoneError):
-        return error
-    if isinstance(error, RequestValidationError):
-        return _bad_body(error)
-    return InternalError(f"{type(error).__name__}: {error}", "The server's log tells more; please report it.")
-
-
-def _bad_body(error: RequestValidationError) -> OptionError:
-    """What of the body is wrong, each part by its name: ``model_name: Field required``."""
-    parts = [(".".join(str(step) for step in one["loc"][1:]), one["msg"]) for one in error.errors()]
-    said = "; ".join(f"{where}: {what}" if where else what for where, what in parts)
-    return OptionError(
-        f"The request's body cannot be used: {said}.", f"It is a JSON object of {', '.join(LoadBody.model_fields)}."
-    )
-
-
-def _router(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/healthz")
+    @routes.get("/healthz")
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @router.get("/v1/internal/model/status")
+    @routes.get("/v1/internal/model/status")
     async def status() -> dict[str, Any]:
         return brief(service.snapshot())
 
-    @router.get("/v1/internal/model/list")
+    @routes.get("/v1/internal/model/list")
     def models() -> dict[str, list[str]]:
         return {"model_names": [model.name for model in service.models()]}
 
-    @router.get("/v1/internal/model/info")
+    @routes.get("/v1/internal/model/info")
     def info() -> dict[str, Any]:
         return describe(service.snapshot())
 
-    @router.post("/v1/internal/model/load")
+    @routes.post("/v1/internal/model/load")
     def load(body: LoadBody) -> dict[str, Any]:
         service.load(body.model_name, body.args, source="api", anyway=body.anyway)
         if not body.wait:
@@ -87,12 +56,12 @@ def _router(service: Service) -> APIRouter:
             raise snapshot.error or Cancelled(f"{body.model_name} was not loaded: the load was ended.")
         return describe(snapshot)
 
-    @router.post("/v1/internal/model/unload")
+    @routes.post("/v1/internal/model/unload")
     def unload() -> dict[str, Any]:
         service.unload()
         return describe(service.snapshot())
 
-    return router
+    return routes
 
 
 def brief(snapshot: Snapshot) -> dict[str, Any]:

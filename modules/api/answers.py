@@ -1,0 +1,47 @@
+"""How the API answers what was refused or failed: every error as JSON of one form."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from modules.errors import InternalError, LoadstoneError, OptionError
+
+
+def install(app: FastAPI) -> None:
+    """Make ``app`` answer its errors so."""
+    for raised in (LoadstoneError, RequestValidationError, Exception):
+        app.add_exception_handler(raised, _answer_error)
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    """What nobody foresaw is logged by the server, traceback and all."""
+    known = typed(error, request)
+    return JSONResponse({"error": known.to_dict()}, status_code=known.status)
+
+
+def typed(error: Exception, request: Request) -> LoadstoneError:
+    """The error of our own tree that stands for this one."""
+    if isinstance(error, LoadstoneError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _bad_body(error, request)
+    return InternalError(f"{type(error).__name__}: {error}", "The server's log tells more; please report it.")
+
+
+def _bad_body(error: RequestValidationError, request: Request) -> OptionError:
+    """What of the body is wrong, each part by its name: ``model_name: Field required``."""
+    parts = [(".".join(str(step) for step in one["loc"][1:]), one["msg"]) for one in error.errors()]
+    said = "; ".join(f"{where}: {what}" if where else what for where, what in parts)
+    return OptionError(f"The request's body cannot be used: {said}.", _what_it_takes(request))
+
+
+def _what_it_takes(request: Request) -> str:
+    """The fields that the route's body may hold; "" for a route without one."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = body.field_info.annotation if body is not None else None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return ""
+    return f"It is a JSON object of {', '.join(model.model_fields)}."
