@@ -22,6 +22,11 @@
     │   ├── NothingLoaded            asked to use a model while none is loaded
     │   ├── Busy                     another load is under way
     │   ├── RequestTooLong           the prompt does not fit the context
+    │   ├── NotOnHub                 the Hub has no such repository, branch or file, or shows it to nobody like you
+    │   ├── HubTokenRefused          the Hub does not know the token, or wants one
+    │   ├── HubForbidden             the token's owner may not read the repository
+    │   │   └── LicenceNotAccepted   … before the licence is accepted on the Hub
+    │   ├── ModelInUse               what is to be deleted or replaced is loaded, or being downloaded
     │   ├── PortInUse                the port for the page is taken
     │   └── AccessRefused            the request came from a place that may not ask
     └── InternalError                what the user cannot mend (exit status 1)
@@ -29,6 +34,8 @@
         ├── WorkerCrashed            the model's process ended by itself
         │   └── WorkerKilled         … by a signal: out of memory, most likely
         ├── WorkerTimeout            the model's process does not answer
+        ├── HubUnreachable           the network or the Hub fails, after tries
+        ├── BrokenDownload           what came is not what the Hub promises
         ├── WrongResult              what was loaded is not what was asked for
         └── LoadFailed               a library raised something we do not know
 
@@ -210,6 +217,40 @@ class RequestTooLong(UserError):
     remedy = "Shorten the prompt, or load the model with a larger context."
 
 
+class NotOnHub(UserError):
+    kind = "not_on_hub"
+    status = 404
+    title = "The Hub has no such model"
+    remedy = "Check the name. A private model is shown only to a token whose owner may see it."
+
+
+class HubTokenRefused(UserError):
+    kind = "hub_token"
+    status = 401
+    title = "The Hub does not accept the token"
+    remedy = "Give a token that is valid: on the page, in HF_TOKEN, or with hf auth login."
+
+
+class HubForbidden(UserError):
+    kind = "hub_forbidden"
+    status = 403
+    title = "The token may not read this"
+    remedy = "Use a token that has read access to the repository."
+
+
+class LicenceNotAccepted(HubForbidden):
+    kind = "hub_licence"
+    title = "The model's licence has to be accepted first"
+    remedy = "Open the model's page on the Hub while logged in, accept, and try again."
+
+
+class ModelInUse(UserError):
+    kind = "model_in_use"
+    status = 409
+    title = "The model is in use"
+    remedy = "Unload it, or cancel its download, and try again."
+
+
 class PortInUse(UserError):
     kind = "port_in_use"
     title = "The port is taken"
@@ -254,6 +295,20 @@ class WorkerTimeout(InternalError):
     status = 504
     title = "The model's process does not answer"
     remedy = "Unload the model and load it again."
+
+
+class HubUnreachable(InternalError):
+    kind = "hub_unreachable"
+    status = 502
+    title = "The Hub cannot be reached"
+    remedy = "Check the network, HF_ENDPOINT and the proxy; what has come is kept, so that it can go on."
+
+
+class BrokenDownload(InternalError):
+    kind = "broken_download"
+    status = 502
+    title = "What came is not what the Hub promises"
+    remedy = "Try again later; a proxy or a mirror may be damaging files. Nothing of it is offered as a model."
 
 
 class WrongResult(InternalError):
