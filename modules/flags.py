@@ -116,7 +116,8 @@ def _add(group: argparse._ArgumentGroup, spec: Spec) -> None:
         group.add_argument(*spellings, dest=spec.name, action="store_true", help=on_help)
         group.add_argument(*off, dest=spec.name, action="store_false", help=off_help)
         return
-    several = {"numbers": {"nargs": "+"}, "names": {"nargs": "+", "action": "extend"}}.get(spec.kind, {})
+    names = {"nargs": "+", "action": "extend"}
+    several = {"numbers": {"nargs": "+"}, "names": names, "adapters": names}.get(spec.kind, {})
     rest: dict[str, Any] = {"dest": spec.name, "metavar": _metavar(spec), "help": text, **several}
     group.add_argument(*spellings, **rest)
 
@@ -124,7 +125,7 @@ def _add(group: argparse._ArgumentGroup, spec: Spec) -> None:
 def _metavar(spec: Spec) -> str:
     if spec.kind == "choice":
         return "|".join(spec.choices)
-    return (spec.unit or {"text": "TEXT", "names": "NAME"}.get(spec.kind, "N")).upper()
+    return (spec.unit or {"text": "TEXT", "names": "NAME", "adapters": "NAME:WEIGHT"}.get(spec.kind, "N")).upper()
 
 
 def _help(spec: Spec) -> str:

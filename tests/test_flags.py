@@ -24,6 +24,7 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "text": (["some text"], "some text"),
     "numbers": (["10", "6.5"], (10.0, 6.5)),
     "names": (["a b", "c"], ("a b", "c")),
+    "adapters": (["a b", "c:0.5"], ("a b", "c:0.5")),
 }
 
 

@@ -24,12 +24,14 @@ from modules.options import (
     LoadOptions,
     ServerOptions,
     Spec,
+    adapter_text,
     alpha_for,
     changed,
     check,
     context_tokens,
     find,
     parse_values,
+    split_adapter,
     stretched_context,
 )
 from modules.options.loader import EXCLUSIVE
@@ -271,3 +273,24 @@ class TestContext:
     )
     def test_the_context_of_a_load(self, values: dict[str, Any], limit: int, tokens: int) -> None:
         assert context_tokens(LoadOptions(**values), limit) == tokens
+
+
+def test_loras_are_names_with_weights() -> None:
+    spec = LOAD_OPTIONS["lora"]
+    assert spec.parse(["pirate", "cheese:0.50", " org/with space : -2"]) == (
+        "pirate",
+        "cheese:0.5",
+        "org/with space :-2",
+    )
+    assert spec.parse('["with space:0.25"]') == ("with space:0.25",)
+    assert spec.parse("a, b:0.5") == ("a", "b:0.5")
+    assert spec.parse(["a:1.0", "odd:name", "odd:1:1"]) == ("a", "odd:name", "odd:1:1")
+    for wrong in (["a:2.5"], ["a", "a:0.5"], [""], [":1"], [3], "[", {"a": 1}, True):
+        with pytest.raises(OptionError, match="NAME:WEIGHT"):
+            spec.parse(wrong)
+
+
+@given(st.text(min_size=1).filter(lambda text: text == text.strip()), st.floats(-2, 2))
+def test_a_lora_and_its_weight_are_split_as_they_were_joined(name: str, weight: float) -> None:
+    weight = float(f"{weight:g}")
+    assert split_adapter(adapter_text(name, weight)) == (name, weight)

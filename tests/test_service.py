@@ -35,7 +35,7 @@ OTHER_VALUES: dict[str, Any] = {
     "trust_remote_code": True, "use_fast": False, "attn_implementation": "eager", "disable_exllama": True,
     "loader": "Transformers", "auto_devices": True,
 }  # fmt: skip
-REFUSED_HERE = {"gpu_memory": (10.0, 6.0), "model": ""}
+REFUSED_HERE = {"gpu_memory": (10.0, 6.0), "model": "", "lora": ("none-here",)}
 
 
 @pytest.fixture

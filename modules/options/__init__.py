@@ -1,5 +1,6 @@
 """The one table of options. Flags, widgets, saved settings, validation and README's tables loop over it."""
 
+from modules.options.adapters import adapter_text, adapters_in_words, split_adapter
 from modules.options.circumstances import Circumstances
 from modules.options.generation import GENERATION_OPTIONS, GenerationOptions
 from modules.options.loader import (
@@ -29,11 +30,14 @@ __all__ = [
     "LoadOptions",
     "ServerOptions",
     "Spec",
+    "adapter_text",
+    "adapters_in_words",
     "alpha_for",
     "changed",
     "check",
     "context_tokens",
     "find",
     "parse_values",
+    "split_adapter",
     "stretched_context",
 ]

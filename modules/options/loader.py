@@ -19,6 +19,7 @@ GROUPS: Mapping[str, str] = {
     "memory": "Memory",
     "4-bit": "4-bit details",
     "rope": "Longer context",
+    "adapters": "LoRAs",
     "advanced": "Tokenizer, attention, custom code",
 }
 
@@ -173,6 +174,10 @@ class LoadOptions:
         "Linear position compression, for models tuned with it: set the factor the model card names. 1 is off.",
         group="rope", flag="--compress_pos_emb", low=1, step=0.5, applies=_linear_rope, strict=True,
         effect="linear RoPE scaling by the factor",
+    )  # fmt: skip
+    lora: tuple[str, ...] = option(
+        "adapters", (), "LoRAs", "LoRAs to apply after loading: names under loras/, each with a weight if it is not 1.",
+        group="adapters", effect="the adapters that are active",
     )  # fmt: skip
     trust_remote_code: bool = option(
         "flag", False, "Allow custom code",

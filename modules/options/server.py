@@ -13,9 +13,47 @@ GROUPS = {"server": "Server", "command": "Without a page: do one thing and exit"
 class ServerOptions:
     """How the page is served, and where things lie."""
 
+    listen: bool = option(
+        "flag", False, "Listen", "Serve the page to the network too. Makes a password where no credentials are given.",
+        group="server",
+    )  # fmt: skip
+    listen_host: str = option(
+        "text", "", "Address", "The address to listen on.", group="server",
+        default_help="127.0.0.1; with --listen every address of this machine",
+    )  # fmt: skip
     listen_port: int = option(
-        "integer", 7860, "Port", "The port of the page, on 127.0.0.1.", group="server", low=0, high=65535,
+        "integer", 7860, "Port", "The port of page and API.", group="server", low=0, high=65535,
         default_help="7860; 0 takes a free one",
+    )  # fmt: skip
+    share: bool = option(
+        "flag", False, "Share", "Make a public address through Gradio's tunnel, for a week at most.", group="server",
+    )  # fmt: skip
+    allowed_host: tuple[str, ...] = option(
+        "names", (), "Allowed hosts", "Further names that the server goes by, behind a proxy for one.", group="server",
+        default_help="localhost; with --listen this machine's names and addresses",
+    )  # fmt: skip
+    gradio_auth: tuple[str, ...] = option(
+        "names", (), "Administrators", "Who may log in and do everything, as user:password.", group="server",
+        secret=True,
+    )  # fmt: skip
+    gradio_auth_path: str = option(
+        "text", "", "Administrators' file", "A file with one user:password a line.", group="server",
+    )  # fmt: skip
+    guest_auth: tuple[str, ...] = option(
+        "names", (), "Guests", "Who may log in and chat, and load nothing, as user:password.", group="server",
+        secret=True,
+    )  # fmt: skip
+    api_key: str = option(
+        "text", "", "API key", "A key for programs that generate text: Authorization: Bearer KEY.", group="server",
+        secret=True,
+    )  # fmt: skip
+    admin_key: str = option(
+        "text", "", "Administrator's key", "A key for programs that load models too.", group="server", secret=True,
+    )  # fmt: skip
+    ssl_keyfile: str = option("text", "", "TLS key", "The file of the key for HTTPS.", group="server")
+    ssl_certfile: str = option("text", "", "TLS certificate", "The file of the certificate for HTTPS.", group="server")
+    subpath: str = option(
+        "text", "", "Subpath", "The path under which a proxy in front serves the page: /llm.", group="server",
     )  # fmt: skip
     auto_launch: bool = option(
         "flag", False, "Open a browser", "Open the page in the browser when it is up.", group="server",
@@ -27,8 +65,12 @@ class ServerOptions:
     model_dir: tuple[str, ...] = option(
         "names", (), "Model folders", "Further folders with models, beside models/.", group="server",
     )  # fmt: skip
+    lora_dir: tuple[str, ...] = option(
+        "names", (), "LoRA folders", "Further folders with LoRAs, beside loras/.", group="server",
+    )  # fmt: skip
     hf_cache: bool = option(
-        "flag", True, "Hugging Face cache", "Offer the models that the Hugging Face cache holds too.", group="server",
+        "flag", True, "Hugging Face cache", "Offer the models and LoRAs that the Hugging Face cache holds too.",
+        group="server",
     )  # fmt: skip
     settings: str = option(
         "text", "", "Settings file", "The file with the defaults of this machine.", group="server",

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from modules.errors import OptionError
+from modules.options.adapters import LEAST_WEIGHT, MOST_WEIGHT, adapter_text, split_adapter
 from modules.options.circumstances import Circumstances
 
-Kind = Literal["flag", "integer", "number", "text", "choice", "numbers", "names"]  # "numbers" are GiB
+# "numbers" are GiB; "adapters" are LoRAs, each a name or name:weight
+Kind = Literal["flag", "integer", "number", "text", "choice", "numbers", "names", "adapters"]
 Reason = Callable[[Circumstances], str]
 
 
@@ -91,6 +94,7 @@ class Spec:
             "choice": " or ".join(self.choices),
             "numbers": "numbers",
             "names": "names",
+            "adapters": f"names, each NAME or NAME:WEIGHT once, with weights from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}",
         }[self.kind]
         bounds = []
         if self.low is not None:
@@ -183,6 +187,16 @@ def _items(value: Any) -> Iterable[Any]:
     raise TypeError
 
 
+def _adapters(value: Any) -> tuple[str, ...]:
+    """LoRAs in one spelling. A text may also be a JSON list, for names that hold spaces."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = json.loads(value)
+    chosen = [split_adapter(_text(item)) for item in _items(value)]
+    if len(dict(chosen)) < len(chosen):
+        raise ValueError
+    return tuple(adapter_text(name, weight) for name, weight in chosen)
+
+
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "flag": _flag,
     "integer": _integer,
@@ -191,4 +205,5 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "choice": _text,
     "numbers": lambda value: tuple(_gib(item) for item in _items(value)),
     "names": lambda value: tuple(_text(item) for item in _items(value)),
+    "adapters": _adapters,
 }

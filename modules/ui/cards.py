@@ -37,7 +37,7 @@ def options_in_words(options: LoadOptions) -> str:
     words = []
     for name, value in changed(options).items():
         spec = LOAD_OPTIONS[name]
-        if name in ("model", "ctx_size"):
+        if name in ("model", "ctx_size") or spec.kind == "adapters":
             continue
         if name == "load_in_4bit":
             words.append(f"4-bit {options.quant_type}")

@@ -5,6 +5,7 @@ Nothing here knows a single option by name except the three that one precision c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,8 @@ def info_text(spec: Spec, reason: str = "", origin: str = "") -> str:
 
 def widget_value(spec: Spec, value: Any) -> Any:
     """An option's value as its widget shows it. What is left to the program is an empty field."""
+    if spec.kind == "adapters":
+        return json.dumps(list(value))
     if spec.kind in ("numbers", "names"):
         return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
     if spec.default_help and value == spec.default and spec.kind in ("integer", "number"):
@@ -93,6 +96,7 @@ def build_form() -> Form:
         members = [
             spec for spec in LOAD_OPTIONS.values()
             if spec.group == group and spec.in_form and spec.name not in PRECISION_OPTIONS
+            and spec.kind != "adapters"
         ]  # fmt: skip
         if not members:
             continue
@@ -103,6 +107,9 @@ def build_form() -> Form:
         if members:
             with gr.Accordion(title, open=False, elem_id=f"group-{group}") as groups[group]:
                 _rows(members, fields)
+    for spec in LOAD_OPTIONS.values():
+        if spec.kind == "adapters":  # filled in by the LoRA card
+            fields[spec.name] = gr.Textbox(widget_value(spec, spec.default), visible="hidden", label=spec.label)
     return Form(precision, {name: fields[name] for name in LOAD_OPTIONS if name in fields}, groups)
 
 
