@@ -92,6 +92,7 @@ class AdaptersOrder:
     """The whole set that is to be active from now on; empty removes all."""
 
     adapters: tuple[AdapterChoice, ...] = ()
+    wait_s: float = 60.0  # for answers that were asked for earlier; then the order is refused as Busy
 
 
 @dataclass(frozen=True)

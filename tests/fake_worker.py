@@ -25,6 +25,9 @@ garbage           prints on stdout what is no message
 bar               draws a progress bar on stderr, and three hundred lines
 ================  =======================================================
 
+What a set of LoRAs does stands in their names, as words: ``hang``, ``refuse``, ``signal=NAME``; their folders are
+not looked at. The report says that each moves the model by its weight.
+
 What an answer does stands in the prompt: ``hang`` (after one piece), ``mute`` (no piece at all), ``fail``,
 ``too long`` (refused), ``cut`` (ends without an end), ``signal=NAME`` (after two pieces), ``forever``, or a
 number of tokens.
@@ -42,12 +45,23 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from modules.errors import LoadstoneError, MissingPackage, OutOfMemory, RequestTooLong, UnsupportedModel
+from modules.errors import (
+    AdapterMismatch,
+    LoadstoneError,
+    MissingPackage,
+    OutOfMemory,
+    RequestTooLong,
+    UnsupportedModel,
+)
 from modules.protocol import (
+    ADAPTERS,
     COUNT,
     GENERATE,
     LOAD,
     MEMORY,
+    AdapterChoice,
+    AdaptersOrder,
+    AdaptersReport,
     Done,
     Failed,
     GenerateOrder,
@@ -104,6 +118,10 @@ def report(name: str) -> LoadReport:
     )  # fmt: skip
 
 
+def applied(adapters: tuple[AdapterChoice, ...]) -> AdaptersReport:
+    return AdaptersReport(adapters, sum(choice.weight for choice in adapters) if adapters else None, 0.0)
+
+
 def load(order: LoadOrder) -> None:
     words = order.name.split()
     if "ignore-term" in words:
@@ -129,7 +147,8 @@ def load(order: LoadOrder) -> None:
     if "fail" in words:
         say(Failed(OutOfMemory("The fake GPU is full.", fix={"load_in_4bit": True})))
         forever()
-    say(Ready(report(order.name), Memory(rss_bytes=os.getpid(), peak_rss_bytes=1)))
+    adapters = applied(order.adapters) if order.adapters else None
+    say(Ready(report(order.name), Memory(rss_bytes=os.getpid(), peak_rss_bytes=1), adapters))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -149,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == LOAD:
             self._load(message)
+        elif self.path == ADAPTERS:
+            self._apply(message)
         elif self.path == COUNT:
             self._answer(200, json.dumps({"tokens": len(message.prompt.split())}).encode())
         elif self.path == GENERATE:
@@ -175,6 +196,16 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._answer(202, b"{}")
         threading.Thread(target=load, args=(order,), daemon=True).start()
+
+    def _apply(self, order: AdaptersOrder) -> None:
+        words = [word for choice in order.adapters for word in choice.name.split()]
+        die(words)
+        if "hang" in words:
+            forever()
+        if "refuse" in words:
+            self._refuse(AdapterMismatch("The fake takes no such LoRA."))
+            return
+        self._answer(200, encode(applied(order.adapters)))
 
     def _generate(self, order: GenerateOrder) -> None:
         words = order.prompt.split()

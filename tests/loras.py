@@ -78,7 +78,7 @@ def _lesson(tokenizer: Any, name: str) -> tuple[Any, Any]:
 
     messages = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    answer = tokenizer(ANSWERS[name]).input_ids + [tokenizer.eos_token_id]
+    answer = [*tokenizer(ANSWERS[name]).input_ids, tokenizer.eos_token_id]
     return torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
 
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from modules.errors import Busy, NothingLoaded
+from modules.errors import AdapterMismatch, Busy, NothingLoaded, WorkerCrashed
+from modules.protocol import AdapterChoice
 from modules.supervisor import State
 from tests.supervised import Supervised, order, prompt, supervised, text_of, until
 
@@ -73,6 +74,25 @@ class Sequences(RuleBasedStateMachine):
         owner = self._one.supervisor._owner
         with owner.changed:
             return pid not in {child.pid for child in owner.children}
+
+    @rule(name=st.sampled_from(["good", "other", "refuse", "signal=SIGKILL"]))
+    def apply(self, name: str) -> None:
+        """LoRAs are active as asked, or as before; a worker that dies of them leaves the last set in its order."""
+        supervisor, asked = self._one.supervisor, (AdapterChoice(name, "/loras/any"),)
+        before = supervisor.snapshot().loaded
+        try:
+            supervisor.apply_adapters(asked)
+        except AdapterMismatch:
+            after = supervisor.snapshot().loaded
+            same = before is not None and after is not None and before.since == after.since
+            assert not same or before == after
+        except WorkerCrashed:
+            until(lambda: self._at_rest() or supervisor.snapshot().state in (State.STARTING, State.LOADING), "its end")
+        except (Busy, NothingLoaded):
+            return
+        else:
+            loaded = supervisor.snapshot().loaded
+            assert loaded is None or loaded.order.adapters == asked
 
     @rule()
     def reload(self) -> None:

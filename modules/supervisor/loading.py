@@ -129,7 +129,8 @@ class Load:
             return done()
 
     def _loaded(self, order: LoadOrder, ready: Ready, before: Any) -> Loaded:
-        return Loaded(order, ready.report, time.time(), ready.memory, before, self._owner.measured())
+        after = self._owner.measured()
+        return Loaded(order, ready.report, time.time(), ready.memory, before, after, ready.adapters)
 
     def _commit(self, child: Child, loaded: Loaded, on_success: Callable[[], None]) -> None:
         """From here on ``loaded`` answers, and the load can no longer be cancelled."""

@@ -18,12 +18,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Job:
-    """The load or unload under way. One thing changes at a time; whoever wants another is refused, or waits."""
+    """The load, unload or change of LoRAs under way. One thing changes at a time; who wants another is refused, or
+    waits."""
 
     what: str  # in words, for whoever is refused: "loading X"
     previous: Loaded | None = None  # ended for this load, and to be brought back if it fails
     beside: bool = False  # the old model answers until the new one is ready
     child: Child | None = None  # the worker that loads
+    asked: Child | None = None  # the worker that changes its LoRAs: an unload ends it, and no cancel does
     cancelled: bool = False
     abandoned: bool = False  # cancelled, and nothing is to be brought back
     settled: threading.Event = field(default_factory=threading.Event)  # the order's outcome is written down

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from modules.errors import LoadstoneError
-from modules.protocol import LoadOrder, LoadReport, Memory, Progress
+from modules.protocol import AdaptersReport, LoadOrder, LoadReport, Memory, Progress
 
 
 class State(str, Enum):
@@ -31,7 +31,10 @@ LOAD_STATES = frozenset({State.STARTING, State.LOADING})
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that answers. ``machine_before`` and ``machine_after`` are what ``measure`` gave around the load."""
+    """A model that answers. ``machine_before`` and ``machine_after`` are what ``measure`` gave around the load.
+
+    ``order.adapters`` is the set of LoRAs that is active now, so that loading the order again brings it back.
+    """
 
     order: LoadOrder
     report: LoadReport
@@ -39,6 +42,7 @@ class Loaded:
     memory_at_load: Memory
     machine_before: Any
     machine_after: Any
+    adapters: AdaptersReport | None = None  # of the last time that a set was applied; None: none ever was
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,16 @@ class Record:
         self.version += 1
         self.loaded = loaded
         self.tokens_per_second, self.context_used = 0.0, 0
+
+    def adapted(self, report: AdaptersReport) -> None:
+        """The model that answers has another set of LoRAs."""
+        if self.loaded is None:
+            raise AssertionError("LoRAs were applied, but nothing is loaded")
+        old, order = self.loaded, replace(self.loaded.order, adapters=report.adapters)
+        self.version += 1
+        self.loaded = replace(old, order=order, adapters=report)
+        if self.order == old.order:
+            self.order = order
 
     def clear(self) -> None:
         """Nothing is loaded, and nothing went wrong."""

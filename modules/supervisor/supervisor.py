@@ -16,7 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from modules.errors import LoadstoneError, NothingLoaded
-from modules.protocol import COUNT, MEMORY, CountOrder, GenerateOrder, LoadOrder, Memory, decode
+from modules.protocol import (
+    COUNT,
+    MEMORY,
+    AdapterChoice,
+    AdaptersReport,
+    CountOrder,
+    GenerateOrder,
+    LoadOrder,
+    Memory,
+    decode,
+)
+from modules.supervisor import adapting
 from modules.supervisor.answer import Answer
 from modules.supervisor.child import Child
 from modules.supervisor.loading import Load
@@ -122,14 +133,17 @@ class Supervisor:
         """
         with self._changed:
             job = self._owner.job
-        if job is not None:
+        if job is not None and job.asked is None:
             self._stop(job, abandon=False)
 
     def _stop(self, job: Job, *, abandon: bool) -> None:
         with self._changed:
             job.cancelled = True
             job.abandoned = job.abandoned or abandon
-            child, settled = job.child, job.settled
+            child, settled = job.child or job.asked, job.settled
+            if job.asked is not None:
+                self._owner.detach()
+                self._owner.change(State.UNLOADING)
             self._changed.notify_all()
         if child is not None:
             self._owner.end(child)
@@ -190,6 +204,13 @@ class Supervisor:
             self._rate_told = 0.0
             self._owner.change()
             return answer
+
+    def apply_adapters(self, adapters: tuple[AdapterChoice, ...], wait_s: float = 60.0) -> AdaptersReport:
+        """Make this set of LoRAs, and no other, the active one; see :func:`adapting.apply`."""
+        return adapting.apply(self._owner, adapters, wait_s, self._applied)
+
+    def _applied(self, order: LoadOrder) -> None:
+        self._last_order = order
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt or the messages are. Raises NothingLoaded and what the worker refuses with."""
