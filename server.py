@@ -93,10 +93,11 @@ def _run(service: Service, server: ServerOptions, parsed: flags.Parsed) -> int:
         return commands.prompt(service, command.prompt, raw=command.raw_prompt, anyway=command.load_anyway)
     from modules import web
 
-    listener = web.listen(server.listen_port)
+    door = web.open_door(server)
+    listener = web.listen(server.listen_port, web.listen_address(server))
     if service.preselected:
         _load_at_start(service, anyway=command.load_anyway)
-    web.serve(service, listener, open_browser=server.auto_launch, verbose=server.verbose)
+    web.serve(service, listener, server, door)
     return 0
 
 

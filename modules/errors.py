@@ -28,7 +28,11 @@
     │   │   └── LicenceNotAccepted   … before the licence is accepted on the Hub
     │   ├── ModelInUse               what is to be deleted or replaced is loaded, or being downloaded
     │   ├── PortInUse                the port for the page is taken
-    │   └── AccessRefused            the request came from a place that may not ask
+    │   ├── UnsupportedParameter     a request asks for what this server or this model does not do
+    │   ├── RequestTooLarge          the request's body is too long to be looked at
+    │   └── AccessRefused            the request came from a place, or from somebody, that may not ask
+    │       ├── LoginRequired        … without a login or a key that is known
+    │       └── TooManyAttempts      … after too many that were wrong
     └── InternalError                what the user cannot mend (exit status 1)
         ├── Cancelled                the user stopped it
         ├── WorkerCrashed            the model's process ended by itself
@@ -262,6 +266,33 @@ class AccessRefused(UserError):
     status = 403
     title = "This request is not allowed"
     remedy = "Open the page under the address that the server printed when it started."
+
+
+class LoginRequired(AccessRefused):
+    kind = "login_required"
+    status = 401
+    title = "Who are you?"
+    remedy = "Log in on the page, or send a key as Authorization: Bearer KEY."
+
+
+class TooManyAttempts(AccessRefused):
+    kind = "too_many_attempts"
+    status = 429
+    title = "Too many wrong attempts"
+    remedy = "Wait, then try again."
+
+
+class UnsupportedParameter(UserError):
+    kind = "unsupported_parameter"
+    title = "This is not supported"
+    remedy = "Leave out the parameter named in the message."
+
+
+class RequestTooLarge(UserError):
+    kind = "request_too_large"
+    status = 413
+    title = "The request is too large"
+    remedy = "Send less at a time."
 
 
 class InternalError(LoadstoneError):

@@ -9,20 +9,18 @@ import gradio as gr
 from fastapi import FastAPI
 
 from modules.service import Service
-from modules.ui import cards, chat_tab, model_actions, model_tab, session_tab
+from modules.ui import cards, chat_tab, guest, model_actions, model_tab, session_tab
 from modules.ui.answering import Stops
-from modules.ui.common import QUIET
+from modules.ui.common import QUIET, top
 
 _HERE = Path(__file__).parent
 TITLE = "Loadstone"
 
 
-def build(service: Service) -> gr.Blocks:
-    """The whole page, wired to ``service``."""
+def build(service: Service, *, login: bool = False) -> gr.Blocks:
+    """The whole page, wired to ``service``. ``login``: people have logged in, and may log out."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        with gr.Row(elem_id="top"):
-            gr.HTML("<h1>Loadstone</h1>", elem_id="brand", padding=False)
-            line = gr.HTML(cards.status_line(service.snapshot()), elem_id="status", padding=False)
+        line = top(cards.status_line(service.snapshot()), login=login)
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Model", id="model"):
@@ -70,13 +68,19 @@ def _follow_state(
     )  # fmt: skip
 
 
-def mount(app: FastAPI, service: Service) -> FastAPI:
-    """The page at ``/`` of ``app``, with its style and script."""
+def mount(
+    app: FastAPI, service: Service, *, login: bool = False, for_guests: bool = False, root_path: str = ""
+) -> FastAPI:
+    """The page at ``/`` of ``app``, with its style and script: the administrator's, or the one for guests.
+
+    ``root_path``: the path under which a proxy in front serves it.
+    """
+    page = guest.build(service, TITLE) if for_guests else build(service, login=login)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     gr.mount_gradio_app(
-        app, build(service), path="/", server_name="127.0.0.1", footer_links=[], run_history=False, ssr_mode=False,
+        app, page, path="/", server_name="127.0.0.1", footer_links=[], run_history=False, ssr_mode=False,
         enable_monitoring=False, pwa=False, theme=_theme(), css_paths=[_HERE / "page.css"],
-        head=f"<script>{script}</script>", show_error=True,
+        head=f"<script>{script}</script>", show_error=True, root_path=root_path or None,
     )  # fmt: skip
     return app
 

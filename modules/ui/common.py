@@ -15,6 +15,19 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
 
 
+def top(status: str, *, login: bool) -> gr.HTML:
+    """The row above the tabs; returns the place of the status line. ``login``: with a button to log out."""
+    with gr.Row(elem_id="top"):
+        gr.HTML("<h1>Loadstone</h1>", elem_id="brand", padding=False)
+        line = gr.HTML(status, elem_id="status", padding=False)
+        if login:
+            gr.HTML(
+                '<form method="post" action="logout"><button class="plain">Log out</button></form>',
+                elem_id="logout", padding=False,
+            )  # fmt: skip
+    return line
+
+
 def inform(text: str) -> None:
     """A message that pops up. Names from disk may stand in it: nothing in it is taken for HTML."""
     gr.Info(escape(text))

@@ -31,6 +31,7 @@
   async function ask() {
     try {
       const answer = await fetch("v1/internal/model/status", { cache: "no-store" });
+      if (answer.status === 401) return location.reload(); // logged out, or the server has started anew
       const status = await answer.json();
       failures = 0;
       lost(false);

@@ -1,0 +1,225 @@
+"""The one door: every request to page and API passes it before anything else sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from urllib.parse import parse_qs, quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modules.access import login
+from modules.access.attempts import Attempts
+from modules.access.credentials import Credentials, Role
+from modules.access.hosts import Hosts, refusal
+from modules.access.rules import OPEN_ROUTES, guest_may
+from modules.access.sessions import Sessions, set_cookie
+from modules.errors import AccessRefused, LoadstoneError, LoginRequired, RequestTooLarge, TooManyAttempts
+
+MOST_BYTES = 32 * 2**20  # of a request's body
+_MOST_LOGIN_BYTES = 8 * 2**10
+_UPLOADS = "/gradio_api/upload"  # an administrator's files are as large as they are
+
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "SAMEORIGIN",
+    "Content-Security-Policy": "frame-ancestors 'self'; object-src 'none'; base-uri 'self'",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class AccessMiddleware:
+    """ASGI: checks Host and Origin, then who asks, then whether they may, and hands on to the role's application.
+
+    ``applications``: what each role gets to see; a role without one gets the administrator's. Every answer gets the
+    security headers. ``subpath``: where a proxy in front serves this, ``/llm``; with and without it are served.
+    """
+
+    def __init__(
+        self,
+        applications: Mapping[Role, ASGIApp],
+        credentials: Credentials | None = None,
+        hosts: Hosts | None = None,
+        *,
+        subpath: str = "",
+    ) -> None:
+        self._applications = applications
+        self._credentials = credentials or Credentials(())
+        self._hosts = hosts or Hosts()
+        self._subpath = "/" + subpath.strip("/") if subpath.strip("/") else ""
+        self._sessions = Sessions()
+        self._attempts = Attempts()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._applications[Role.ADMIN](scope, receive, send)
+            return
+        inner = self._inner(scope["path"])
+        if self._subpath:
+            path = self._subpath + inner
+            scope = {**scope, "path": path, "raw_path": quote(path).encode(), "root_path": self._subpath}
+        begun = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            application = await self._admit(scope, receive, inner)
+            await application(scope, _Limited(receive, scope, inner), send_with_headers)
+        except LoadstoneError as error:
+            if begun:
+                raise
+            await _refused(error)(scope, receive, send_with_headers)
+
+    def _inner(self, path: str) -> str:
+        """The path without the subpath."""
+        if self._subpath and (path == self._subpath or path.startswith(self._subpath + "/")):
+            return path[len(self._subpath) :] or "/"
+        return path or "/"
+
+    async def _admit(self, scope: Scope, receive: Receive, path: str) -> ASGIApp:
+        """What answers this request. Raises AccessRefused."""
+        headers = Headers(scope=scope)
+        error = refusal(headers, _http_scheme(scope), self._hosts)
+        if error is not None:
+            raise error
+        method = scope.get("method", "GET")
+        if path == "/login":
+            return await self._login(Request(scope, receive))
+        if path == "/logout" and method == "POST":
+            return self._logout(scope, headers)
+        if f"{method} {path}" in OPEN_ROUTES:
+            return self._applications[Role.ADMIN]
+        try:
+            role = self._role(headers, _client(scope))
+        except LoginRequired:
+            if method in ("GET", "HEAD") and "text/html" in headers.get("accept", ""):
+                return RedirectResponse(f"{self._subpath}/login", 303)
+            raise
+        if role is Role.GUEST and not guest_may(method, path):
+            raise AccessRefused(
+                f"{method} {path} is the administrator's.",
+                "Log in as an administrator, or send the key of --admin-key.",
+            )
+        return self._applications.get(role, self._applications[Role.ADMIN])
+
+    def _role(self, headers: Headers, client: str) -> Role:
+        """Who asks. Raises LoginRequired and TooManyAttempts."""
+        if not self._credentials:
+            return Role.ADMIN
+        role = self._sessions.role(headers.get("cookie", ""))
+        given = headers.get("authorization", "")
+        if given:  # what is sent on purpose comes before what a browser sends by itself
+            self._slow_down(client)
+            role = self._credentials.role_by_header(given)
+            self._note(client, role)
+        if role is None:
+            raise LoginRequired("The key is not known here." if given else "A login or a key is needed here.")
+        return role
+
+    def _slow_down(self, client: str) -> None:
+        wait_s = self._attempts.wait_s(client)
+        if wait_s > 0:
+            raise TooManyAttempts(f"Too many wrong attempts. Try again in {math.ceil(wait_s)} s.")
+
+    def _note(self, client: str, role: Role | None) -> None:
+        if role is None:
+            self._attempts.failed(client)
+        else:
+            self._attempts.succeeded(client)
+
+    async def _login(self, request: Request) -> Response:
+        """The login page, and what a login answers with."""
+        if not self._credentials:
+            return RedirectResponse(f"{self._subpath}/", 303)
+        if request.method != "POST":
+            return self._page()
+        fields = parse_qs((await _body(request)).decode("utf-8", "replace"), max_num_fields=8)
+        user, secret = (fields.get(name, [""])[0] for name in ("user", "password"))
+        client = _client(request.scope)
+        try:
+            self._slow_down(client)
+        except TooManyAttempts as error:
+            return self._page(user, error.message, error.status)
+        role = self._credentials.role(secret, user.strip())
+        self._note(client, role)
+        if role is None:
+            return self._page(user, "That is not right.", 401)
+        answer = RedirectResponse(f"{self._subpath}/", 303)
+        answer.headers["set-cookie"] = self._cookie(request.scope, self._sessions.begin(role))
+        return answer
+
+    def _page(self, user: str = "", problem: str = "", status: int = 200) -> Response:
+        html = login.page(with_names=self._credentials.has_names, user=user, problem=problem)
+        return HTMLResponse(html, status, {"cache-control": "no-store"})
+
+    def _logout(self, scope: Scope, headers: Headers) -> Response:
+        self._sessions.end(headers.get("cookie", ""))
+        answer = RedirectResponse(f"{self._subpath}/login", 303)
+        answer.headers["set-cookie"] = self._cookie(scope, "")
+        return answer
+
+    def _cookie(self, scope: Scope, token: str) -> str:
+        forwarded = Headers(scope=scope).get("x-forwarded-proto", "").split(",")[0].strip()
+        secure = "https" in (_http_scheme(scope), forwarded)
+        return set_cookie(token, path=f"{self._subpath}/", secure=secure)
+
+
+def _http_scheme(scope: Scope) -> str:
+    scheme = str(scope.get("scheme", "http"))
+    return {"ws": "http", "wss": "https"}.get(scheme, scheme)
+
+
+def _client(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a login. Raises RequestTooLarge."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _MOST_LOGIN_BYTES:
+            raise RequestTooLarge("A login is shorter than that.")
+    return body
+
+
+def _refused(error: LoadstoneError) -> Response:
+    """The error in the API's form, with what OpenAI's clients look for beside it."""
+    body = {**error.to_dict(), "type": "invalid_request_error", "param": None, "code": error.kind}
+    headers = {"www-authenticate": "Bearer"} if isinstance(error, LoginRequired) else {}
+    return JSONResponse({"error": body}, error.status, headers)
+
+
+class _Limited:
+    """A request's messages. Raises RequestTooLarge for a body beyond :data:`MOST_BYTES`."""
+
+    def __init__(self, receive: Receive, scope: Scope, path: str) -> None:
+        self._receive = receive
+        self._left = math.inf if path == _UPLOADS else MOST_BYTES
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > self._left:
+            raise _too_large()
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _too_large()
+        return message
+
+
+def _too_large() -> RequestTooLarge:
+    return RequestTooLarge(f"The request's body is longer than {MOST_BYTES // 2**20} MiB.")

@@ -1,0 +1,64 @@
+"""Who has logged in, by the token in a browser's cookie. They end with the server."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from http.cookies import CookieError, SimpleCookie
+
+from modules.access.credentials import Role
+
+COOKIE = "loadstone-login"
+LIVES_S = 30 * 24 * 3600
+_MOST = 4096
+
+
+class Sessions:
+    """Tokens and what they stand for. Only a token's hash is kept."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[bytes, tuple[Role, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def begin(self, role: Role) -> str:
+        """A new token."""
+        token = secrets.token_urlsafe(32)
+        with self._lock:
+            self._open[_hash(token)] = (role, time.monotonic() + LIVES_S)
+            while len(self._open) > _MOST:
+                self._open.popitem(last=False)
+        return token
+
+    def role(self, cookies: str) -> Role | None:
+        """The role of the token in a Cookie header; None where it stands for nobody, or nobody any more."""
+        with self._lock:
+            role, until = self._open.get(_hash(token_in(cookies)), (None, 0.0))
+        return role if until > time.monotonic() else None
+
+    def end(self, cookies: str) -> None:
+        """The token stands for nobody from now on."""
+        with self._lock:
+            self._open.pop(_hash(token_in(cookies)), None)
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def token_in(cookies: str) -> str:
+    """The token in a Cookie header; "" for none."""
+    try:
+        found = SimpleCookie(cookies).get(COOKIE)
+    except CookieError:
+        return ""
+    return found.value if found else ""
+
+
+def set_cookie(token: str, *, path: str, secure: bool) -> str:
+    """The Set-Cookie header for a token; an empty token takes the cookie away."""
+    age = LIVES_S if token else 0
+    ending = "; Secure" if secure else ""
+    return f"{COOKIE}={token}; Path={path or '/'}; Max-Age={age}; HttpOnly; SameSite=Lax{ending}"

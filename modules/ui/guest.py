@@ -1,0 +1,43 @@
+"""The page of guests: the chat, and what is loaded. None of its functions loads, sets or lists anything.
+
+Guests get a page of their own and not the administrator's with parts hidden: what is not built cannot be called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from modules.service import Service
+from modules.ui import cards, chat_tab
+from modules.ui.answering import Stops
+from modules.ui.common import QUIET, top
+
+
+def build(service: Service, title: str) -> gr.Blocks:
+    """The page, wired to ``service``."""
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        line = top(cards.status_line(service.snapshot()), login=True)
+        sync = gr.Button("sync", visible="hidden", elem_id="sync")
+        with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
+            chat = chat_tab.build(service)
+        chat_tab.wire(chat, service, Stops())
+        chat_tab.wire_recall(page, chat, service)
+        _follow_state(page, service, line, sync, chat)
+    page.queue(default_concurrency_limit=16)
+    return page
+
+
+def _follow_state(page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.Button, chat: chat_tab.ChatTab) -> None:
+    """As on the administrator's page: page.js clicks ``sync`` when the state has changed."""
+
+    def synced(loaded_at: float) -> list[Any]:
+        snapshot = service.snapshot()
+        since = snapshot.loaded.since if snapshot.loaded else 0.0
+        mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
+        return [cards.status_line(snapshot), mode, since]
+
+    loaded_at = gr.State(0.0)
+    sync.click(synced, loaded_at, [line, chat.mode, loaded_at], queue=False, **QUIET)
+    page.load(synced, loaded_at, [line, chat.mode, loaded_at], **QUIET)
