@@ -1,0 +1,183 @@
+"""Where a download's files are while it runs and when it is whole, and the record that stays beside them.
+
+Nothing of it lies among the models before all of it is there: files come under :func:`partial_folder`, in the hidden
+``.cache``, and move as one folder. A file that is not whole there ends in ``.part``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from modules.hub.choosing import RemoteFile
+from modules.hub.job import Order
+
+RECORD = ".download.json"  # hidden: no scan of a folder takes it for a part of the model
+PART = ".part"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder's files are copies of. ``files`` by name."""
+
+    repo: str
+    revision: str
+    commit: str
+    endpoint: str
+    downloaded: str  # ISO time
+    files: Mapping[str, RemoteFile]
+
+
+def partial_folder(root: Path, key: str) -> Path:
+    """Where the files of the download ``key`` are meanwhile; ``root`` is the folder of models or LoRAs."""
+    return root / ".cache" / "downloads" / key
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record beside a model; None where there is none, or it is damaged."""
+    try:
+        data = json.loads((folder / RECORD).read_bytes())
+        files = {name: RemoteFile(**file) for name, file in data.pop("files").items()}
+        return Record(**data, files=files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def write_record(folder: Path, order: Order, earlier: Record | None = None) -> None:
+    """Record where the files of ``order`` are from. Those of ``earlier`` that are still there stay recorded.
+
+    Raises OSError.
+    """
+    files = {file.name: file for file in order.files}
+    if earlier and earlier.commit == order.commit:
+        files = {**{n: f for n, f in earlier.files.items() if (folder / n).is_file()}, **files}
+    record = Record(
+        order.repo, order.revision, order.commit, order.endpoint,
+        datetime.now().astimezone().isoformat(timespec="seconds"), files,
+    )  # fmt: skip
+    write_json(folder / RECORD, {**asdict(record), "files": {name: asdict(file) for name, file in files.items()}})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write so that the file is the old one or the new one at any moment. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def hash_of(path: Path, file: RemoteFile) -> str:
+    """The hash of the bytes on disk, of the kind that the Hub gives for ``file``: SHA-256, or git's SHA-1."""
+    digest = new_hash(file)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def new_hash(file: RemoteFile) -> Any:
+    """A hash to be fed with the file's bytes; its hexdigest is to equal ``file.hash``."""
+    if file.sha256:
+        return hashlib.sha256()
+    return hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+
+
+def is_whole(path: Path, file: RemoteFile) -> bool:
+    """Whether the file on disk is the Hub's, by size and hash. A hash that the Hub does not give is not compared."""
+    try:
+        return path.stat().st_size == file.size and (not file.hash or hash_of(path, file) == file.hash)
+    except OSError:
+        return False
+
+
+def fetched_bytes(order: Order) -> int:
+    """The bytes of the order's files that are on disk already, whole or not."""
+    return sum(min(file.size, _size_in(Path(order.partial), file.name)) for file in order.files)
+
+
+def _size_in(folder: Path, name: str) -> int:
+    for path in (folder / name, folder / f"{name}{PART}"):
+        with contextlib.suppress(OSError):
+            return path.stat().st_size
+    return 0
+
+
+def link(source: Path, target: Path, *, stays: bool = False) -> None:
+    """Put the same file at ``target`` without a second copy of its bytes, or else with one. Raises OSError.
+
+    ``stays``: the source is kept where it is, so that a symbolic link to it will do on another disk.
+    """
+    real = os.path.realpath(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(real, target)
+    except OSError:  # another disk, or one without hard links
+        if stays or source.is_symlink():
+            target.symlink_to(real)
+        else:
+            shutil.copy2(source, target)
+
+
+def settle(order: Order) -> None:
+    """Turn the folder of whole files into the model: one rename, or two where the model is replaced. Raises OSError.
+
+    What else lies in a folder that is replaced comes along: other GGUF files, notes; not files of its old commit.
+    """
+    partial, target = Path(order.partial), Path(order.target)
+    earlier = read_record(target)
+    if target.is_dir():
+        for path in _others(order, target, earlier):
+            link(path, partial / path.relative_to(target))
+    write_record(partial, order, earlier)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(target):
+        partial.rename(target)
+        return
+    aside = partial.with_name(f"{partial.name}.replaced")
+    remove_tree(aside)
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    remove_tree(aside)
+
+
+def _others(order: Order, target: Path, earlier: Record | None) -> Iterator[Path]:
+    """The files of the old folder that the new one does not bring and that are not remains of an older commit."""
+    brought = {file.name for file in order.files} | {RECORD}
+    stale = set(earlier.files) if earlier and earlier.commit != order.commit else set()
+    for place, _, names in os.walk(target):
+        for name in names:
+            path = Path(place, name)
+            relative = path.relative_to(target).as_posix()
+            if relative not in brought and relative not in stale:
+                yield path
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, or the link to one; what resists stays behind, and is nobody's model."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
