@@ -67,7 +67,7 @@ class Scanner:
         return sorted(found.values(), key=lambda model: (model.name.casefold(), model.name))
 
     def _under(self, root: Path) -> Iterator[Model]:
-        files, folders = _entries(str(root))
+        files, folders = entries(str(root))
         for name in _whole_ggufs(files):
             yield Model(name, root / name, root, "gguf")
         for name in folders:
@@ -98,14 +98,14 @@ class Scanner:
 
     def _cached_hub(self, hf_cache: Path) -> Iterator[Model]:
         """Models of the Hugging Face cache: the commit that ``main`` points to, or the only one."""
-        for repository in _entries(str(hf_cache))[1]:
-            snapshot = _snapshot(hf_cache / repository) if repository.startswith("models--") else None
+        for repository in entries(str(hf_cache))[1]:
+            snapshot = snapshot_of(hf_cache / repository) if repository.startswith("models--") else None
             if snapshot is not None:
                 name = repository.removeprefix("models--").replace("--", "/", 1)
                 yield from self._in_folder(str(snapshot), name, hf_cache, deeper=False)
 
 
-def free_name(name: str, place: str, taken: Mapping[str, Model]) -> str:
+def free_name(name: str, place: str, taken: Mapping[str, object]) -> str:
     """``name``, or with its place, or with a number too."""
     if name in taken:
         name = f"{name} ({place})"
@@ -116,17 +116,17 @@ def free_name(name: str, place: str, taken: Mapping[str, Model]) -> str:
     return free
 
 
-def _snapshot(repository: Path) -> Path | None:
+def snapshot_of(repository: Path) -> Path | None:
     try:
         commit = (repository / "refs" / "main").read_text(encoding="utf-8", errors="replace").strip()
         return repository / "snapshots" / commit if "/" not in commit else None
     except OSError:
         pass
-    commits = _entries(str(repository / "snapshots"))[1]
+    commits = entries(str(repository / "snapshots"))[1]
     return repository / "snapshots" / commits[0] if len(commits) == 1 else None
 
 
-def _entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
+def entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
     """The files by name, and the names of the folders, links to folders among them; without hidden ones.
 
     Nothing where the folder cannot be read.
@@ -148,7 +148,7 @@ def _entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
 
 
 def _look_into(path: str) -> _Folder:
-    files, folders = _entries(path)
+    files, folders = entries(path)
     if any(name.endswith(UNFINISHED) for name in files):
         return _Folder(settled=False)
     gguf = _whole_ggufs(files)

@@ -13,7 +13,7 @@ from modules.options import LoadOptions
 from modules.planner.checkpoint import Checkpoint
 from modules.precision import DTYPE_BYTES, weights_dtype
 
-Kind = Literal["linear", "kept", "embeddings", "head", "packed", "buffer"]
+Kind = Literal["linear", "kept", "embeddings", "head", "packed", "buffer", "adapter"]
 _BLOCK_4BIT = 64  # numbers that share a scale
 _BLOCK_SCALES = 256  # scales that share a scale, with double quantization
 _CODE_4BIT_BYTES = 16 * 4  # the table of the 16 values, one a weight
@@ -57,10 +57,11 @@ class Classes:
     embeddings: int = 0
     head: int = 0
     buffers: int = 0
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        return self.quantized + self.kept + self.embeddings + self.head + self.buffers
+        return sum(getattr(self, field.name) for field in fields(self))
 
     @staticmethod
     def sum(items: Iterable[Classes]) -> Classes:
@@ -103,7 +104,7 @@ def part_bytes(part: Part, precision: Precision) -> int:
 
 def classes(parts: Mapping[Part, int], precision: Precision) -> Classes:
     """The bytes of ``parts`` (part → how many) by class."""
-    totals = {"quantized": 0, "kept": 0, "embeddings": 0, "head": 0, "buffers": 0}
+    totals = {field.name: 0 for field in fields(Classes)}
     for part, count in parts.items():
         totals[_class_of(part, precision)] += count * part_bytes(part, precision)
     return Classes(**totals)
@@ -112,4 +113,4 @@ def classes(parts: Mapping[Part, int], precision: Precision) -> Classes:
 def _class_of(part: Part, precision: Precision) -> str:
     if part.kind == "linear":
         return "quantized" if precision.quantization else "kept"
-    return {"packed": "quantized", "buffer": "buffers"}.get(part.kind, part.kind)
+    return {"packed": "quantized", "buffer": "buffers", "adapter": "adapters"}.get(part.kind, part.kind)

@@ -8,6 +8,7 @@ from typing import Any
 from modules.devices import Machine
 from modules.library import ModelFacts
 from modules.options import LoadOptions
+from modules.planner.adapters import Adapters
 from modules.planner.checkpoint import Checkpoint, from_facts
 from modules.planner.devices import CPU, DISK, DevicePlan
 from modules.planner.formats import Precision
@@ -67,14 +68,16 @@ def plan(
     ctx_tokens: int,
     calibration: Calibration = DEFAULT,
     freed: Machine | None = None,
+    adapters: Adapters = (),
 ) -> Plan:
     """Plan a load. Pure: the same facts give the same plan.
 
     ``freed``: the machine as it were without the model that is running, for the suggestion to unload it.
+    ``adapters``: LoRAs that are applied, as (module, bytes).
     Raises nothing where the model does not fit: the plan says by how much.
     """
     checkpoint = facts if isinstance(facts, Checkpoint) else from_facts(facts)
-    question = Question(checkpoint, options, machine, ctx_tokens, calibration)
+    question = Question(checkpoint, options, machine, ctx_tokens, calibration, adapters)
     answer = solve(question)
     return Plan(
         model=checkpoint.name,

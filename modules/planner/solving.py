@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 
 from modules.devices import Machine
 from modules.options import LoadOptions
+from modules.planner.adapters import Adapters, with_adapters
 from modules.planner.checkpoint import Checkpoint
 from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, rooms
 from modules.planner.formats import Classes, Part, Precision, classes, precision_for
@@ -19,13 +20,14 @@ from modules.planner.placement import Load, Placement, place, usage
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be planned. ``ctx_tokens``: the context that the KV cache is for."""
+    """What is to be planned. ``ctx_tokens``: the context that the KV cache is for. ``adapters``: (module, bytes)."""
 
     checkpoint: Checkpoint
     options: LoadOptions
     machine: Machine
     ctx_tokens: int
     calibration: Calibration
+    adapters: Adapters = ()
 
     def but(self, **changes: object) -> Question:
         """The same with other options; ``ctx_size`` counts as the context too."""
@@ -109,7 +111,7 @@ class Answer:
 def solve(question: Question) -> Answer:
     """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known."""
     checkpoint, options, calibration = question.checkpoint, question.options, question.calibration
-    layout = layout_of(checkpoint)
+    layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = 0 if options.cpu else len(question.machine.gpus)
     precision = precision_for(checkpoint, options, gpus)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options.attn_implementation)
