@@ -58,7 +58,8 @@ def _write(message: Progress | Failed) -> None:
 
 
 def _exit_with_the_server() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not through sys.stdin, whose lock a thread may not hold when the interpreter ends
+        pass
     os._exit(3)
 
 
