@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -20,10 +20,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, NothingLoaded, UserError
 from modules.protocol import (
+    ADAPTERS,
     COUNT,
     GENERATE,
     LOAD,
     MEMORY,
+    AdaptersOrder,
+    AdaptersReport,
     Chunk,
     CountOrder,
     Event,
@@ -42,6 +45,9 @@ from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, generate, prompter
 from modules.worker.process import memory_of_this_process
 
+if TYPE_CHECKING:
+    from modules.worker.adapters import Adapters
+
 T = TypeVar("T")
 FLUSH_SECONDS = 0.03  # text waits at most so long for more: a line for every token would cost a fast model speed
 
@@ -53,6 +59,7 @@ class Worker:
         self.engine = engine
         self._emit = emit
         self._loaded: Loaded | None = None
+        self._adapters: Adapters | None = None
         self._load_started = False
         self._tokenizing = threading.Lock()  # the tokenizers library takes no two borrowers at a time
 
@@ -65,6 +72,7 @@ class Worker:
             import torch  # noqa: F401
             from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
+            import modules.worker.adapters
             import modules.worker.transformers_loader  # noqa: F401
         except Exception as error:
             self._emit(Failed(_as_loadstone(error, "Importing the ML packages failed")))
@@ -80,11 +88,16 @@ class Worker:
 
     def _load(self, order: LoadOrder) -> None:
         try:
+            from modules.worker.adapters import Adapters
             from modules.worker.transformers_loader import load
 
             loaded = load(order, self._emit_progress)
-            self._loaded = loaded
-            self._emit(Ready(loaded.report, self.memory()))
+            adapters = Adapters(loaded.model, loaded.tokenizer, order)
+            if order.adapters:
+                self._emit(Progress("applying LoRAs"))
+            applied = adapters.apply(order.adapters) if order.adapters else None
+            self._loaded, self._adapters = loaded, adapters
+            self._emit(Ready(loaded.report, self.memory(), applied))
         except Exception as error:
             self._emit(Failed(_translated(error, order)))
 
@@ -99,7 +112,26 @@ class Worker:
 
     def generate(self, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event) -> Future[None]:
         """Queue an answer behind those that were asked for earlier."""
-        return self.engine.submit(generate, self.loaded(), order, emit, stopped)
+        return self.engine.submit(self._generate, self.loaded(), order, emit, stopped)
+
+    def _generate(
+        self, loaded: Loaded, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event
+    ) -> None:
+        try:
+            with self.adapters().using(order.adapters):
+                generate(loaded, order, emit, stopped)
+        except LoadstoneError as error:  # of the set: an answer's own errors are chunks already
+            emit(Failed(error))
+
+    def adapters(self) -> Adapters:
+        """The model's LoRAs. Raises NothingLoaded."""
+        if self._adapters is None:
+            raise NothingLoaded("This process holds no model yet.")
+        return self._adapters
+
+    def apply(self, order: AdaptersOrder) -> Future[AdaptersReport]:
+        """Queue a change of LoRAs behind the answers that were asked for earlier."""
+        return self.engine.submit(self.adapters().apply, order.adapters)
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has. Does not wait for a generation."""
@@ -247,6 +279,19 @@ async def _order(request: Request, kind: type[T]) -> T:
     return order
 
 
+async def _applied(worker: Worker, order: AdaptersOrder) -> AdaptersReport:
+    """Raises Busy where an answer keeps the model longer than the order may wait; nothing is changed then."""
+    job = worker.apply(order)
+    waiting = asyncio.wrap_future(job)
+    await asyncio.wait({waiting}, timeout=order.wait_s)
+    if not job.done() and job.cancel():  # only what still stands in the queue can be cancelled
+        raise Busy(
+            f"The LoRAs have to wait: an answer has been in the making for {order.wait_s:g} s.",
+            "Stop the answer, or try again when it is there. Nothing was changed.",
+        )
+    return await waiting
+
+
 def make_app(worker: Worker, secret: str) -> ASGIApp:
     """The ASGI app with the routes of the protocol, behind the secret."""
 
@@ -262,12 +307,17 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         order = await _order(request, CountOrder)
         return JSONResponse({"tokens": await run_in_threadpool(worker.count, order)})
 
+    async def adapters(request: Request) -> Response:
+        report = await _applied(worker, await _order(request, AdaptersOrder))
+        return Response(encode(report), media_type="application/json")
+
     async def memory(_: Request) -> Response:
         return Response(encode(worker.memory()), media_type="application/json")
 
     routes = [
         Route(LOAD, load, methods=["POST"]),
         Route(GENERATE, generate, methods=["POST"]),
+        Route(ADAPTERS, adapters, methods=["POST"]),
         Route(COUNT, count, methods=["POST"]),
         Route(MEMORY, memory, methods=["GET"]),
     ]

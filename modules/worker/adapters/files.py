@@ -1,0 +1,144 @@
+"""What an adapter's folder holds, read and checked before the model is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftConfig, PeftType
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from modules.checkpoint import read_json, safetensors_header
+from modules.errors import AdapterError, AdapterNotFound, BrokenCheckpoint
+from modules.protocol import AdapterChoice
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+KINDS = {PeftType.LORA: "LoRA", PeftType.LOHA: "LoHa", PeftType.LOKR: "LoKr"}  # those whose weight can be scaled
+# Ways to initialize that leave the base model alone; every other one starts from a changed copy of its weights.
+_HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal"})
+_NEEDS_MORE = ("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config")
+
+Fingerprint: TypeAlias = tuple[tuple[int, int], ...]  # mtime in ns and bytes of each file
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's configuration and the shapes of its tensors. No tensor has been read yet."""
+
+    name: str
+    folder: Path
+    config: PeftConfig
+    shapes: dict[str, tuple[int, ...]]  # by the names in the file
+    fingerprint: Fingerprint
+
+    @property
+    def kind(self) -> str:
+        """ "LoRA" (DoRA and rsLoRA included), "LoHa" or "LoKr"."""
+        return KINDS[self.config.peft_type]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors, on the CPU and in memory of their own: the file may change. Raises AdapterError."""
+        try:
+            tensors = load_safetensors((self.folder / WEIGHTS).read_bytes())
+        except FileNotFoundError:
+            raise _gone(self.name, self.folder) from None
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{WEIGHTS} of the LoRA {self.name} cannot be read: {error}.") from error
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != self.shapes:
+            raise AdapterError(f"{WEIGHTS} of the LoRA {self.name} changed while it was read.", "Apply it again.")
+        if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise AdapterError(f"{len(broken)} tensors of the LoRA {self.name} hold NaN or infinity: {broken[0]}, …")
+        return tensors
+
+
+def fingerprint(folder: Path) -> Fingerprint | None:
+    """What changes when the adapter's files do; None where one of them is not there."""
+    try:
+        stats = [os.stat(folder / name) for name in (CONFIG, WEIGHTS)]
+    except OSError:
+        return None
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
+
+
+def read(choice: AdapterChoice) -> AdapterFiles:
+    """Check the files of one LoRA and read what describes it. Raises AdapterError and AdapterNotFound."""
+    folder = _folder(choice)
+    try:
+        data = read_json(folder / CONFIG)
+        found = fingerprint(folder)
+        _check_weights_are_there(choice.name, folder)
+        header = safetensors_header(folder / WEIGHTS)
+    except BrokenCheckpoint as error:
+        raise AdapterError(f"The LoRA {choice.name}: {error.message}") from None
+    except OSError:
+        raise _gone(choice.name, folder) from None
+    if found is None:
+        raise _gone(choice.name, folder)
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    if not shapes:
+        raise AdapterError(f"The LoRA {choice.name} holds no tensors.")
+    return AdapterFiles(choice.name, folder, _config(choice.name, data), shapes, found)
+
+
+def _folder(choice: AdapterChoice) -> Path:
+    for text in (choice.name, choice.path):
+        if any(".." in kind(text).parts for kind in (PurePosixPath, PureWindowsPath)) or "\0" in text:
+            raise AdapterError(f"The LoRA's name leaves its folder: {text!r}.", "Name a folder under loras/.")
+    folder = Path(choice.path)
+    if not folder.is_absolute() or not folder.is_dir():
+        raise _gone(choice.name, folder)
+    return folder
+
+
+def _gone(name: str, folder: Path) -> AdapterNotFound:
+    return AdapterNotFound(f"The LoRA {name} is not there: there is no folder {folder}, or its files are gone.")
+
+
+def _check_weights_are_there(name: str, folder: Path) -> None:
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / PICKLE).exists():
+        raise AdapterError(
+            f"The LoRA {name} is stored as a pickle ({PICKLE}), which can run code when it is opened.",
+            "Get it as safetensors, from a source you trust. Nothing was changed.",
+        )
+    raise AdapterError(f"The LoRA {name} has no {WEIGHTS}.")
+
+
+def _config(name: str, data: dict[str, Any]) -> PeftConfig:
+    """The configuration, for inference. Raises AdapterError for what cannot be attached and taken off again."""
+    if data.get("peft_type") not in {kind.value for kind in KINDS}:
+        raise AdapterError(
+            f"{name} is an adapter of kind {data.get('peft_type')!r}.",
+            f"These kinds can be applied: {', '.join(KINDS.values())}, DoRA and rsLoRA.",
+        )
+    if (bias := data.get("bias", "none")) not in ("none", False, None):
+        raise AdapterError(
+            f"{name} changes the base model's biases (bias={bias!r}), which could not be taken back.",
+            'Train it with bias="none".',
+        )
+    init = data.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
+        raise AdapterError(
+            f"{name} starts from changed base weights (init_lora_weights={init!r}), which could not be taken back.",
+            "Convert it to a plain LoRA: peft's save_pretrained does with path_initial_model_for_weight_conversion.",
+        )
+    if more := [key for key in _NEEDS_MORE if data.get(key)]:
+        raise AdapterError(f"{name} needs a special way to generate ({more[0]}), which there is none of here.")
+    return _parsed(name, data)
+
+
+def _parsed(name: str, data: dict[str, Any]) -> PeftConfig:
+    try:
+        config = PeftConfig.from_peft_type(**json.loads(json.dumps(data)))
+    except (TypeError, ValueError, KeyError) as error:
+        raise AdapterError(f"{CONFIG} of the LoRA {name} cannot be read: {error}.") from error
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # the file's weights replace them
+    return config

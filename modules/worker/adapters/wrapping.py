@@ -1,0 +1,161 @@
+"""Layers of peft around the model's modules, and how they come into the model and out of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.functional import delete_adapter, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from modules.errors import AdapterMismatch
+from modules.worker.adapters import packing
+from modules.worker.adapters.files import AdapterFiles
+
+
+class Wrapping:
+    """The layers of all attached adapters of one kind. They stand in the model between :meth:`show` and :meth:`hide`;
+    otherwise the model's own modules do.
+
+    Functions of peft's documented interface for other libraries do the work; a ``PeftModel`` would move offloaded
+    layers to where it thinks best, and stay in the way of every call.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._configs: dict[str, PeftConfig] = {}
+        self._own: dict[str, Any] = {}  # the model's modules, by name
+        self._wrappers: dict[str, Any] = {}  # what stands in their place, by the same names
+
+    @property
+    def empty(self) -> bool:
+        return not self._configs
+
+    def show(self) -> None:
+        _put(self._model, self._wrappers)
+
+    def hide(self) -> None:
+        _put(self._model, self._own)
+
+    def add(self, adapter: AdapterFiles, key: str) -> int:
+        """Attach an adapter under the name ``key``, with the layers in the model; returns its bytes.
+
+        Where anything fails, all is as before. Raises AdapterMismatch, and what the libraries raise.
+        """
+        before = dict(self._model.named_modules())
+        try:
+            with packing.kept(self._model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is a peft_config already: it is meant
+                self._inject(adapter, key)
+        except BaseException:
+            self._take_back(before, key)
+            raise
+        self._note_wrappers(before)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors_of(key))
+
+    def remove(self, key: str) -> None:
+        """Forget an adapter and free its memory, with the layers in the model."""
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self._configs.pop(key).peft_type]
+        for wrapper in self._wrappers.values():
+            delete_adapter(wrapper, key, prefix)
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Let the adapters of these keys act, each times its weight, with the layers in the model."""
+        set_adapter(self._model, list(weights), inference_mode=True)
+        for layer in self._layers():
+            for key, weight in weights.items():
+                if hasattr(layer, "set_scale"):
+                    layer.set_scale(key, weight)
+
+    # --- attaching ---
+
+    def _inject(self, adapter: AdapterFiles, key: str) -> None:
+        self._model.peft_config = self._configs
+        try:
+            inject_adapter_in_model(adapter.config, self._model, key, low_cpu_mem_usage=True)
+            for layer in _tuner_layers(self._model):
+                _allocate(layer, key)
+            result = set_peft_model_state_dict(self._model, adapter.tensors(), adapter_name=key)
+        finally:
+            del self._model.peft_config
+        _check_all_is_there(adapter, key, result, self._model)
+
+    def _note_wrappers(self, before: Mapping[str, Any]) -> None:
+        """Remember which modules now have a layer of peft in their place."""
+        for name, module in self._model.named_modules():
+            if name in before and before[name] is not module:
+                self._own.setdefault(name, before[name])
+                self._wrappers[name] = module.eval()
+        for wrapper in self._wrappers.values():
+            wrapper.eval()  # new adapters begin in training mode, where dropout acts
+
+    def _take_back(self, before: Mapping[str, Any], key: str) -> None:
+        now = dict(self._model.named_modules())
+        _put(self._model, {name: module for name, module in before.items() if name and now.get(name) is not module})
+        self._configs.pop(key, None)
+        for layer in self._layers():
+            layer.delete_adapter(key)
+
+    def _layers(self) -> Iterator[Any]:
+        for wrapper in self._wrappers.values():
+            yield from _tuner_layers(wrapper)
+
+    def _tensors_of(self, key: str) -> Iterator[torch.Tensor]:
+        for wrapper in self._wrappers.values():
+            yield from (tensor for name, tensor in wrapper.named_parameters() if key in name.split("."))
+
+
+def _put(model: Any, modules: Mapping[str, Any]) -> None:
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def _tuner_layers(module: Any) -> Iterator[Any]:
+    return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+
+
+def _allocate(layer: Any, key: str) -> None:
+    """Give an adapter's parameters memory, in float32 as peft computes them, where the layer computes."""
+    device = _device(layer.get_base_layer())
+    for name in layer.adapter_layer_names:
+        holder = getattr(layer, name, {})
+        if key not in holder:
+            continue
+        if isinstance(holder[key], torch.nn.Module):
+            holder[key].to_empty(device=device).float()
+        else:
+            empty = torch.empty(holder[key].shape, dtype=torch.float32, device=device)
+            holder[key] = torch.nn.Parameter(empty, requires_grad=False)
+
+
+def _device(base: Any) -> torch.device:
+    """Where a module computes. Weights on torch's meta device lie in RAM or on disk until a hook brings them."""
+    hook = getattr(base, "_hf_hook", None)
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.device.type != "meta":
+            return torch.device(tensor.device)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def _check_all_is_there(adapter: AdapterFiles, key: str, result: Any, model: Any) -> None:
+    """Raise AdapterMismatch where a tensor of the file had no place, or a place got no tensor: peft tells neither."""
+    own = {name for name, _ in model.named_parameters() if key in name.split(".")}
+    missing = sorted(own & set(result.missing_keys))
+    if result.unexpected_keys:
+        raise AdapterMismatch(
+            f"{len(result.unexpected_keys)} tensors of {adapter.name} fit no module that its configuration names: "
+            f"{result.unexpected_keys[0]}."
+        )
+    if missing or not own:
+        raise AdapterMismatch(
+            f"{adapter.name} lacks {len(missing)} of the {len(own)} tensors that its configuration asks for"
+            f"{': ' + missing[0] if missing else ''}."
+        )
+    meta = [name for name, parameter in model.named_parameters() if name in own and parameter.is_meta]
+    if meta:
+        raise AdapterMismatch(f"{adapter.name} replaces {meta[0]}, which lies on disk or in RAM beside a GPU.")
