@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -22,13 +23,18 @@ from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, N
 from modules.protocol import (
     ADAPTERS,
     COUNT,
+    DECODE,
+    ENCODE,
     GENERATE,
     LOAD,
     MEMORY,
+    AdapterChoice,
     AdaptersOrder,
     AdaptersReport,
     Chunk,
     CountOrder,
+    DecodeOrder,
+    EncodeOrder,
     Event,
     Failed,
     GenerateOrder,
@@ -88,15 +94,15 @@ class Worker:
 
     def _load(self, order: LoadOrder) -> None:
         try:
-            from modules.worker.adapters import Adapters
             from modules.worker.transformers_loader import load
 
             loaded = load(order, self._emit_progress)
-            adapters = Adapters(loaded.model, loaded.tokenizer, order)
+            applied = None
             if order.adapters:
                 self._emit(Progress("applying LoRAs"))
-            applied = adapters.apply(order.adapters) if order.adapters else None
-            self._loaded, self._adapters = loaded, adapters
+                self._adapters = _adapters(loaded)
+                applied = self._adapters.apply(order.adapters)
+            self._loaded = loaded
             self._emit(Ready(loaded.report, self.memory(), applied))
         except Exception as error:
             self._emit(Failed(_translated(error, order)))
@@ -118,29 +124,47 @@ class Worker:
         self, loaded: Loaded, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event
     ) -> None:
         try:
-            with self.adapters().using(order.adapters):
+            with self._using(loaded, order.adapters):
                 generate(loaded, order, emit, stopped)
         except LoadstoneError as error:  # of the set: an answer's own errors are chunks already
             emit(Failed(error))
 
-    def adapters(self) -> Adapters:
-        """The model's LoRAs. Raises NothingLoaded."""
-        if self._adapters is None:
-            raise NothingLoaded("This process holds no model yet.")
-        return self._adapters
+    def _using(self, loaded: Loaded, choices: tuple[AdapterChoice, ...] | None) -> AbstractContextManager[None]:
+        if self._adapters is None and not choices:
+            return nullcontext()
+        self._adapters = self._adapters or _adapters(loaded)
+        return self._adapters.using(choices)
 
     def apply(self, order: AdaptersOrder) -> Future[AdaptersReport]:
-        """Queue a change of LoRAs behind the answers that were asked for earlier."""
-        return self.engine.submit(self.adapters().apply, order.adapters)
+        """Queue a change of LoRAs behind the answers that were asked for earlier. Raises NothingLoaded."""
+        return self.engine.submit(self._apply, self.loaded(), order)
+
+    def _apply(self, loaded: Loaded, order: AdaptersOrder) -> AdaptersReport:
+        self._adapters = self._adapters or _adapters(loaded)
+        return self._adapters.apply(order.adapters)
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has. Does not wait for a generation."""
         return prompter(self.loaded()).count(order)
 
+    def encode(self, order: EncodeOrder) -> list[int]:
+        """The token ids of a text. Does not wait for a generation."""
+        return prompter(self.loaded()).encode(order.text)
+
+    def decode(self, order: DecodeOrder) -> str:
+        """The text of token ids. Does not wait for a generation."""
+        return prompter(self.loaded()).decode(order.tokens)
+
     def memory(self) -> Memory:
         """What the process holds now, GPUs included once a model is loaded."""
         rss_bytes, peak_rss_bytes = memory_of_this_process()
         return Memory(rss_bytes, peak_rss_bytes, _gpu_bytes() if self._loaded else ())
+
+
+def _adapters(loaded: Loaded) -> Adapters:
+    from modules.worker.adapters import Adapters  # peft, which takes seconds to import: only where it is needed
+
+    return Adapters(loaded.model, loaded.tokenizer, loaded.order)
 
 
 def _gpu_bytes() -> tuple[int, ...]:
@@ -200,8 +224,11 @@ class Outbox:
 def _merged(chunks: list[Chunk]) -> list[Chunk]:
     pieces = [chunk for chunk in chunks if isinstance(chunk, Piece)]
     ends = [chunk for chunk in chunks if not isinstance(chunk, Piece)]
-    text = [Piece("".join(piece.text for piece in pieces), pieces[-1].tokens)] if pieces else []
-    return [*text, *ends]
+    if not pieces:
+        return ends
+    text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
+    logprobs = tuple(told for piece in pieces for told in piece.logprobs)
+    return [Piece(text, pieces[-1].tokens, reasoning, logprobs), *ends]
 
 
 class Answer:
@@ -311,6 +338,14 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         report = await _applied(worker, await _order(request, AdaptersOrder))
         return Response(encode(report), media_type="application/json")
 
+    async def encoded(request: Request) -> Response:
+        order = await _order(request, EncodeOrder)
+        return JSONResponse({"tokens": await run_in_threadpool(worker.encode, order)})
+
+    async def decoded(request: Request) -> Response:
+        order = await _order(request, DecodeOrder)
+        return JSONResponse({"text": await run_in_threadpool(worker.decode, order)})
+
     async def memory(_: Request) -> Response:
         return Response(encode(worker.memory()), media_type="application/json")
 
@@ -319,6 +354,8 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         Route(GENERATE, generate, methods=["POST"]),
         Route(ADAPTERS, adapters, methods=["POST"]),
         Route(COUNT, count, methods=["POST"]),
+        Route(ENCODE, encoded, methods=["POST"]),
+        Route(DECODE, decoded, methods=["POST"]),
         Route(MEMORY, memory, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {LoadstoneError: _refuse, Exception: _refuse}
