@@ -42,6 +42,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     """Every object, wired; nothing is started. Raises SettingsError, and what bringing the demo model raises."""
     from modules import commands, devices
     from modules.library import Library, default_hf_cache
+    from modules.library.loras import LoraLibrary
     from modules.service import Service
     from modules.settings import CodeApprovals, Settings
     from modules.supervisor import Supervisor
@@ -55,12 +56,14 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     if parsed.command_options().demo:
         parsed.load.setdefault("model", commands.demo(models))
     roots = [models, *(Path(folder).expanduser().resolve() for folder in server.model_dir)]
+    lora_roots = [home / "loras", *(Path(folder).expanduser().resolve() for folder in server.lora_dir)]
+    hf_cache = default_hf_cache() if server.hf_cache else None
 
     def measure() -> devices.Machine:
         return devices.measure(models if models.is_dir() else home)
 
     service = Service(
-        Library(roots, default_hf_cache() if server.hf_cache else None),
+        Library(roots, hf_cache),
         settings,
         CodeApprovals(models / ".cache" / "allowed-code.json"),
         Supervisor(warm_worker=server.warm_worker, measure=measure),
@@ -69,6 +72,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
         quantized_cache=server.quantized_cache,
         flags=parsed.load,
         generation_flags=parsed.generation,
+        loras=LoraLibrary(lora_roots, hf_cache),
     )
     return service, server
 

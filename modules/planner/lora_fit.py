@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from modules.errors import AdapterError, AdapterMismatch
@@ -16,9 +16,12 @@ from modules.planner.checkpoint import Checkpoint, from_facts
 from modules.planner.layout import layout_of
 from modules.planner.names import head_module, loaded_tensors
 
-SUPPORTED = ("LORA",)  # DoRA and rsLoRA are LoRAs too; other methods cannot be mixed with them
+SUPPORTED = ("LORA", "LOHA", "LOKR")  # DoRA and rsLoRA are LoRAs too
 _PREFIX = "base_model.model."
-_LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?$")
+_LORA = re.compile(r"(.+)\.((?:lora|hada|lokr)_\w+|token_adapter\.\w+)(\.weight|\.bias)?$")
+# The matrices that make up a change: outputs × rank, rank × inputs. LoKr's factors tell of neither.
+_PAIRS = (("lora_B", "lora_A"), ("lora_embedding_B", "lora_embedding_A"), ("hada_w1_a", "hada_w1_b"),
+          ("hada_w2_a", "hada_w2_b"))  # fmt: skip
 _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save|\.base_layer|\.original_module)?\.(weight|bias)$")
 _EXPERTS = re.compile(r"\.experts(\.|$)")  # which transformers fuses: their names in files are not those of modules
 
@@ -45,17 +48,18 @@ def lora_fit(lora: LoraFacts, model: ModelFacts) -> LoraFit:
     """Raises AdapterMismatch where the LoRA does not fit the model, AdapterError where it fits none."""
     name = lora.lora.name
     if lora.method not in SUPPORTED:
-        raise AdapterError(f"{name} is of the kind {lora.kind}, which cannot be applied.", "LoRA, DoRA and rsLoRA can.")
+        raise AdapterError(
+            f"{name} is of the kind {lora.kind}, which cannot be applied.", "LoRA, DoRA, rsLoRA, LoHa and LoKr can."
+        )
     warnings = _base_warning(lora, model)
     checkpoint = from_facts(model)
     if not model.tensors or model.model.file_format == "gguf" or not layout_of(checkpoint).exact:
         return LoraFit(warnings, checked=False)
     modules = modules_of(checkpoint)
-    _check_targets(lora, model, modules)
-    for module, parts in _by_module(lora).items():
-        if not _EXPERTS.search(module):
-            _check_module(lora, model, modules, module, parts)
-    return LoraFit(warnings)
+    changed = {name: parts for name, parts in _by_module(lora).items() if not _EXPERTS.search(name)}
+    for module, parts in changed.items():
+        _check_module(lora, model, modules, module, parts)
+    return LoraFit((*warnings, *_check_targets(lora, model, changed, modules)))
 
 
 def _base_warning(lora: LoraFacts, model: ModelFacts) -> tuple[str, ...]:
@@ -141,13 +145,37 @@ def _by_module(lora: LoraFacts) -> dict[str, dict[str, TensorInfo]]:
     return found
 
 
-def _check_targets(lora: LoraFacts, model: ModelFacts, modules: Mapping[str, Module]) -> None:
-    """Each target and each module kept whole is there. A pattern is not run: the tensors are looked up anyway."""
-    listed = () if lora.targets_by_pattern else lora.target_modules
-    for kind, words in (("targets", listed), ("replaces", lora.modules_to_save)):
-        for word in words:
-            if not any(name == word or name.endswith(f".{word}") or f".{word}." in f".{name}." for name in modules):
-                raise _mismatch(lora, model, f"it {kind} {word}, and the model has no module of that name")
+def _check_targets(
+    lora: LoraFacts, model: ModelFacts, changed: Mapping[str, Collection[str]], modules: Collection[str]
+) -> tuple[str, ...]:
+    """What the configuration lists and the tensors are the same modules: peft leaves out the rest without a word.
+
+    Returns warnings of targets that neither the LoRA nor the model has. A pattern is not run: one that somebody else
+    wrote may take for ever.
+    """
+    kept = lora.modules_to_save
+    if lora.targets_by_pattern or not lora.target_modules:
+        targets: tuple[str, ...] = ()
+    else:
+        targets = lora.target_modules
+        for name, parts in changed.items():
+            if not any(_names(word, name) for word in (*targets, *kept)) and not _whole(parts):
+                raise _mismatch(lora, model, f"it holds matrices for {name}, which is none of its target modules")
+    absent = [word for word in (*targets, *kept) if not any(_names(word, name) for name in modules)]
+    if absent and len(absent) == len((*targets, *kept)):
+        raise _mismatch(lora, model, f"it changes {', '.join(absent)}, and the model has no module of that name")
+    return (
+        (f"{lora.lora.name} lists {', '.join(absent)}, of which neither it nor the model has any.",) if absent else ()
+    )
+
+
+def _names(word: str, module: str) -> bool:
+    """Whether ``word`` names the module or, for one that is kept whole, a module around it."""
+    return f".{word}." in f".{module}."
+
+
+def _whole(parts: Collection[str]) -> bool:
+    return set(parts) <= {"weight", "bias"}
 
 
 def _check_module(
@@ -155,7 +183,7 @@ def _check_module(
 ) -> None:
     module = modules.get(name)
     if module is None:
-        if set(parts) <= {"weight", "bias"} and any(len(part.shape) == 1 for part in parts.values()):
+        if _whole(parts) and any(len(part.shape) == 1 for part in parts.values()):
             return  # a norm kept whole: it is looked at when it is applied
         raise _mismatch(lora, model, f"it changes {name}, which the model does not have")
     for wrong in _differences(lora, module, name, parts):
@@ -167,14 +195,14 @@ def _differences(lora: LoraFacts, module: Module, name: str, parts: Mapping[str,
     shapes = {part: tensor.shape for part, tensor in parts.items()}
     if "weight" in shapes:
         yield from _whole_differences(module, name, shapes["weight"])
-    for first, second, embedding in (("lora_A", "lora_B", False), ("lora_embedding_A", "lora_embedding_B", True)):
-        if first not in shapes and second not in shapes:
+    for up, down in _PAIRS:
+        if up not in shapes and down not in shapes:
             continue
-        a, b = shapes.get(first, ()), shapes.get(second, ())
+        b, a = shapes.get(up, ()), shapes.get(down, ())
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            yield f"its matrices for {name} do not belong together: {_by(a)} and {_by(b)}"
+            yield f"its matrices for {name} do not belong together: {_by(b)} and {_by(a)}"
             return
-        outputs, inputs = (a[1], b[0]) if embedding else (b[0], a[1])
+        outputs, inputs = (a[1], b[0]) if "embedding" in up else (b[0], a[1])
         yield from _size_differences(module, name, outputs, inputs)
         if not lora.config.get("rank_pattern") and a[0] != lora.config.get("r"):
             yield f"its rank is {lora.config.get('r')}, and its matrices for {name} have {a[0]}"

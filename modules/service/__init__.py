@@ -1,7 +1,9 @@
 """What a user can do, once. The page, the API and the command line are thin skins over this."""
 
 from modules.service.fit import Fit
+from modules.service.loras import LoraOffer, LoraPlan, entries_of, merged_name
+from modules.service.merging import MergeState
 from modules.service.service import Service, Source
 from modules.service.view import View
 
-__all__ = ["Fit", "Service", "Source", "View"]
+__all__ = ["Fit", "LoraOffer", "LoraPlan", "MergeState", "Service", "Source", "View", "entries_of", "merged_name"]

@@ -9,6 +9,7 @@ from modules.errors import OutOfMemory
 from modules.library import ModelFacts
 from modules.options import LoadOptions
 from modules.planner import Plan, plan
+from modules.planner.adapters import Adapters
 from modules.supervisor import Loaded
 from modules.units import format_bytes
 
@@ -38,14 +39,21 @@ class Fit:
         return f"Fits.{first}{more}"
 
 
-def fit_of(facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Loaded | None) -> Fit:
+def fit_of(
+    facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Loaded | None,
+    adapters: Adapters = (),
+) -> Fit:  # fmt: skip
     """The plan beside ``loaded`` where that surely fits, else the plan for when ``loaded`` has ended."""
+
+    def planned(on: Machine) -> Plan:
+        return plan(facts, options, on, ctx_tokens=ctx_tokens, adapters=adapters)
+
     if loaded is None:
-        return Fit(plan(facts, options, machine, ctx_tokens=ctx_tokens))
-    beside = plan(facts, options, _with_less(machine), ctx_tokens=ctx_tokens)
+        return Fit(planned(machine))
+    beside = planned(_with_less(machine))
     if beside.fits:
         return Fit(beside, beside=True)
-    alone = plan(facts, options, without(machine, loaded), ctx_tokens=ctx_tokens)
+    alone = planned(without(machine, loaded))
     return Fit(alone, ends_first=loaded.order.name if loaded.order.name != facts.model.name else "")
 
 

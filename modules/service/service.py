@@ -16,6 +16,7 @@ from modules import copies, packages
 from modules.devices import Machine
 from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound, OptionError
 from modules.library import Library, Model, ModelFacts
+from modules.library.loras import LoraLibrary
 from modules.options import (
     GENERATION_OPTIONS,
     LOAD_OPTIONS,
@@ -26,9 +27,20 @@ from modules.options import (
     context_tokens,
     parse_values,
 )
-from modules.protocol import ChatMessages, Chunk, GenerateOrder, LoadOrder
+from modules.protocol import (
+    DECODE,
+    ENCODE,
+    ChatMessages,
+    Chunk,
+    CountOrder,
+    DecodeOrder,
+    EncodeOrder,
+    GenerateOrder,
+    LoadOrder,
+)
 from modules.service.badges import Badges
 from modules.service.fit import Fit, fit_of, refusal, without
+from modules.service.loras import LoraPlan, Loras
 from modules.service.pump import Pump
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
@@ -52,12 +64,14 @@ class Service:
         quantized_cache: bool = False,
         flags: Mapping[str, Any] | None = None,
         generation_flags: Mapping[str, Any] | None = None,
+        loras: LoraLibrary | None = None,
     ) -> None:
         self.library = library
         self.settings = settings
         self.approvals = approvals
         self.supervisor = supervisor
         self.measure = measure
+        self.loras = Loras(loras or LoraLibrary([]), library, supervisor, models_dir=cache_dir.parent)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
         self._quantized_cache = quantized_cache
@@ -110,15 +124,17 @@ class Service:
         options, dropped = self._drop_inherited(resolved, facts, machine)
         notes = (*dropped, *([warning] if warning else []))
         found: LoadstoneError | None = None
+        loras = LoraPlan()
         try:
             notes += check(options, _circumstances(facts, options, machine))
+            loras = self._planned_loras(facts, options, resolved.origin["lora"])
         except LoadstoneError as problem:
             found = problem
         tokens = context_tokens(options, facts.context_tokens if facts else 0)
         return View(
             name, facts, options, resolved.origin, _reasons(facts, options, machine),
-            notes=notes, problem=found, context_tokens=tokens,
-            fit=fit_of(facts, options, tokens, machine, self.snapshot().loaded) if facts else None,
+            notes=(*notes, *loras.notes), problem=found, context_tokens=tokens, loras=loras,
+            fit=fit_of(facts, options, tokens, machine, self.snapshot().loaded, loras.adapters) if facts else None,
             code_allowed=bool(facts and self._code_allowed(facts, resolved.options, resolved.origin)),
         )  # fmt: skip
 
@@ -158,6 +174,12 @@ class Service:
         values = {n: d for n, d in inherited.items() if getattr(resolved.options, n) != d}
         notes = tuple(f"{LOAD_OPTIONS[n].flag} is left out here. {reasons[n]}" for n in values)
         return replace(resolved.options, **values), notes
+
+    def _planned_loras(self, facts: ModelFacts | None, options: LoadOptions, origin: str) -> LoraPlan:
+        if facts is None or not options.lora:
+            return LoraPlan()
+        inherited = origin in ("settings.yaml", "flag") and facts.model.name != self.preselected
+        return self.loras.planned(facts, options.lora, inherited=inherited)
 
     def _code_allowed(self, facts: ModelFacts, options: LoadOptions, origin: Mapping[str, str]) -> bool:
         """Custom code runs after a flag or settings.yaml said so, or after a yes to exactly these files."""
@@ -211,7 +233,7 @@ class Service:
             cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
             code_hashes={file.name: file.sha256 for file in facts.code_files} if by_hashes else {},
             device_map=dict(fit.plan.device_map) if fit.fits else {},
-            quantized_cache=self._quantized_cache, notes=view.notes,
+            quantized_cache=self._quantized_cache, notes=view.notes, adapters=view.loras.choices,
         )  # fmt: skip
 
     def load(
@@ -292,15 +314,38 @@ class Service:
         messages: Sequence[Mapping[str, str]] = (),
         prompt: str = "",
         continue_last: bool = False,
+        loras: Sequence[str] | None = None,
         stopped: threading.Event | None = None,
     ) -> Iterator[Chunk]:
         """An answer as it comes: Piece …, then Done. Setting ``stopped`` or closing the iterator ends it.
 
+        ``loras``: answer with this set, this once; empty: with the base model; None: with the active set.
         Raises NothingLoaded, WorkerCrashed and what the worker answers with.
         """
         chat: ChatMessages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        order = GenerateOrder(self._generation(values), chat, prompt, continue_last)
+        adapters = None if loras is None else self.loras.checked(loras)
+        order = GenerateOrder(self._generation(values), chat, prompt, continue_last, adapters)
         yield from Pump(self.supervisor, order, stopped or threading.Event()).chunks()
+
+    def generation(self, values: Mapping[str, Any]) -> GenerationOptions:
+        """The generation options that these values give, over this machine's defaults. Raises OptionError."""
+        return self._generation(values)
+
+    def stream(self, order: GenerateOrder, stopped: threading.Event) -> Iterator[Chunk]:
+        """As :meth:`generate`, for an order that says more than the page's do."""
+        yield from Pump(self.supervisor, order, stopped).chunks()
+
+    def count(self, order: CountOrder) -> int:
+        """How many tokens a prompt has for the loaded model. Raises NothingLoaded."""
+        return self.supervisor.count(order)
+
+    def encode(self, text: str) -> list[int]:
+        """The loaded model's token ids of a text. Raises NothingLoaded."""
+        return [int(token) for token in self.supervisor.ask(ENCODE, EncodeOrder(text))["tokens"]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the loaded model's token ids. Raises NothingLoaded, and OptionError for an unknown id."""
+        return str(self.supervisor.ask(DECODE, DecodeOrder(tuple(tokens)))["text"])
 
 
 def _circumstances(facts: ModelFacts | None, options: LoadOptions, machine: Machine) -> Circumstances:

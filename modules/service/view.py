@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modules.errors import LoadstoneError
 from modules.library import ModelFacts
 from modules.options import LoadOptions
 from modules.service.fit import Fit
+from modules.service.loras import LoraPlan
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,4 @@ class View:
     fit: Fit | None = None
     context_tokens: int = 0
     code_allowed: bool = False
+    loras: LoraPlan = field(default_factory=LoraPlan)

@@ -1,0 +1,159 @@
+"""Writing a model with LoRAs merged in: one at a time, in a process of its own that can be ended at any moment."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from modules.errors import Busy, Cancelled, LoadstoneError, WorkerCrashed
+from modules.protocol import Failed, Merged, MergeOrder, Progress, decode, encode
+from modules.supervisor import process_group
+
+COMMAND = (sys.executable, "-m", "modules.worker.merge")
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_END_S = 10.0  # for the process to clean up before it is killed
+
+
+@dataclass(frozen=True)
+class MergeState:
+    """How the merge that runs, or the last one, stands. ``order`` None: there was none."""
+
+    version: int = 0  # grows with every change
+    order: MergeOrder | None = None
+    running: bool = False
+    progress: Progress | None = None
+    merged: Merged | None = None
+    error: LoadstoneError | None = None
+
+
+class Merger:
+    """The one owner of the merge that runs. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._state = MergeState()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cancelled = False
+
+    def state(self) -> MergeState:
+        with self._changed:
+            return self._state
+
+    def wait(self, version: int, timeout_s: float) -> MergeState:
+        """The state as soon as it is newer than ``version``, or as it stands after ``timeout_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state.version > version, timeout_s)
+            return self._state
+
+    def wait_over(self, timeout_s: float | None = None) -> MergeState:
+        """The state as soon as no merge runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._state.running, timeout_s)
+            return self._state
+
+    def start(self, order: MergeOrder) -> None:
+        """Begin; returns at once. Raises Busy while another one runs."""
+        with self._changed:
+            if self._state.running:
+                raise Busy("Another model is being merged.", "Wait for it to finish, or cancel it.")
+            self._cancelled = False
+            self._state = MergeState(self._state.version + 1, order, running=True, progress=Progress("starting"))
+            self._changed.notify_all()
+        threading.Thread(target=self._run, args=(order,), daemon=True, name="merge").start()
+
+    def cancel(self) -> None:
+        """End the merge that runs; returns when its process is gone and nothing half is left. Without one: nothing."""
+        with self._changed:
+            if not self._state.running:
+                return
+            self._cancelled = True
+            process = self._process
+        if process is not None:
+            _end(process)
+        self.wait_over()
+
+    def _run(self, order: MergeOrder) -> None:
+        merged: Merged | None = None
+        error: LoadstoneError | None = None
+        try:
+            merged = self._merge(order)
+        except LoadstoneError as problem:
+            error = problem
+        except Exception as problem:
+            error = WorkerCrashed(f"Merging failed: {type(problem).__name__}: {problem}")
+        with self._changed:
+            if self._cancelled and merged is None:
+                error = Cancelled(f"Merging into {Path(order.out).name} was cancelled.", "Nothing was kept.")
+            self._process = None
+            self._change(replace(self._state, running=False, progress=None, merged=merged, error=error))
+
+    def _merge(self, order: MergeOrder) -> Merged:
+        """Follow one process to its end. Raises what it reports, and WorkerCrashed where it ends without a word."""
+        with (
+            tempfile.TemporaryFile() as log,
+            subprocess.Popen(
+                COMMAND, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                **process_group.popen_options(),
+            ) as process,
+        ):  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                with self._changed:
+                    self._process = process
+                    cancelled = self._cancelled
+                if not cancelled:
+                    process.stdin.write(encode(order))
+                    process.stdin.flush()
+                    if (merged := self._follow(process.stdout)) is not None:
+                        return merged
+            finally:
+                _end(process)
+                _remove_leftovers(Path(order.out))
+            log.seek(0)
+            raise WorkerCrashed(
+                f"The process that merges ended with status {process.returncode}.",
+                details=log.read()[-4000:].decode(errors="replace"),
+            )
+
+    def _follow(self, lines: IO[bytes]) -> Merged | None:
+        for line in lines:
+            event = decode(line)
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Merged):
+                return event
+            if isinstance(event, Progress):
+                with self._changed:
+                    self._change(replace(self._state, progress=event))
+        return None
+
+    def _change(self, state: MergeState) -> None:
+        self._state = replace(state, version=self._state.version + 1)
+        self._changed.notify_all()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Close its stdin, which ends it, and kill what is left of its group."""
+    try:
+        if process.stdin and not process.stdin.closed:
+            process.stdin.close()
+    except OSError:  # it was gone already, with the order unread
+        pass
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process_group.kill(process)
+        process.wait()
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a killed process could not remove itself: it writes beside ``out``, under its name and an ending."""
+    for leftover in out.parent.glob(f"{out.name}.partial*"):
+        shutil.rmtree(leftover, ignore_errors=True)
