@@ -11,6 +11,8 @@ writes events, one line of JSON each, to its stdout. Commands go by HTTP to 127.
                                                     closing the connection stops the generation
 ``POST /adapters``      :class:`AdaptersOrder`      :class:`AdaptersReport`, when they are active
 ``POST /count``         :class:`CountOrder`         ``{"tokens": n}``
+``POST /encode``        :class:`EncodeOrder`        ``{"tokens": [id, …]}``
+``POST /decode``        :class:`DecodeOrder`        ``{"text": …}``
 ``GET /memory``         –                           :class:`Memory`
 ======================  ==========================  ==================================================
 
@@ -33,9 +35,11 @@ from modules.options import GenerationOptions, LoadOptions
 
 LOAD, GENERATE, COUNT, MEMORY = "/load", "/generate", "/count", "/memory"
 ADAPTERS = "/adapters"
+ENCODE, DECODE = "/encode", "/decode"
 Task = Literal["causal", "seq2seq"]
 FinishReason = Literal["stop", "length", "cancelled"]
-ChatMessages: TypeAlias = tuple[dict[str, str], ...]  # {"role": "system" | "user" | "assistant", "content": …}
+# {"role": "system" | "user" | "assistant" | "tool", "content": …}; beside them what the model's template reads of tools
+ChatMessages: TypeAlias = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,26 @@ class LoadOrder:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What one answer is held to, and what is told about it, beyond the sampling options.
+
+    ``presence_penalty`` and ``frequency_penalty`` are OpenAI's: taken off a token's logit once, and for each time it
+    stands in the answer. ``json_schema``: the text is JSON of that schema; ``{}`` is any object.
+    """
+
+    stops: tuple[str, ...] = ()  # texts that end the answer, and are not part of it
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = field(default_factory=dict)  # token id → what is added to its logit
+    logprobs: int | None = None  # tell each token's log probability, and that many likeliest ones'
+    json_schema: dict[str, Any] | None = None
+    tools: tuple[dict[str, Any], ...] = ()  # functions, as OpenAI describes them, for the model's chat template
+    tool_choice: str = "auto"  # "auto", "required", or "function:" and the name of the one that is to be called
+    template_values: dict[str, Any] = field(default_factory=dict)  # what the chat template reads beside the messages
+    split: bool = False  # tell reasoning and tool calls apart from the text, where the model's template marks them
+
+
+@dataclass(frozen=True)
 class GenerateOrder:
     """One answer to generate: ``messages`` through the model's chat template, or ``prompt`` as it stands."""
 
@@ -85,6 +109,9 @@ class GenerateOrder:
     prompt: str = ""
     continue_last: bool = False  # go on with the last message, an assistant's, instead of answering it
     adapters: tuple[AdapterChoice, ...] | None = None  # None: the active set; (): the base; else these, this once
+    prompt_ids: tuple[int, ...] = ()  # token ids instead of a prompt's text
+    whole: bool = False  # refuse a prompt that does not fit, instead of leaving out its front
+    shape: Shape = Shape()
 
 
 @dataclass(frozen=True)
@@ -135,6 +162,20 @@ class Merged:
 class CountOrder:
     messages: ChatMessages = ()
     prompt: str = ""
+
+
+@dataclass(frozen=True)
+class EncodeOrder:
+    """The token ids of a text, as it stands."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class DecodeOrder:
+    """The text of token ids, special tokens included."""
+
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -204,10 +245,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of an answer. ``tokens``: how many have been generated so far."""
+    """More text of an answer. ``tokens``: how many have been generated so far.
+
+    ``logprobs``: of each token since the last piece, ``{"token": text, "logprob": x, "top": {text: x, …}}``.
+    """
 
     text: str
     tokens: int
+    reasoning: str = ""  # text that comes before ``text`` and that the model's template marks as thinking
+    logprobs: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,6 +264,7 @@ class Done:
     first_token_seconds: float
     seconds: float  # from the first token to the last
     dropped_messages: int = 0  # left out of the front so that the prompt fits the context
+    tool_calls: tuple[dict[str, str], ...] = ()  # {"name": …, "arguments": JSON}, in order
 
 
 Event: TypeAlias = Listening | Warm | Progress | Ready | Failed
@@ -246,7 +293,7 @@ _CLASSES: Mapping[str, type[Any]] = {
 }
 _NESTED: Mapping[str, Mapping[str, type[Any]]] = {
     "LoadOrder": {"options": LoadOptions, "adapters": AdapterChoice},
-    "GenerateOrder": {"options": GenerationOptions, "adapters": AdapterChoice},
+    "GenerateOrder": {"options": GenerationOptions, "shape": Shape, "adapters": AdapterChoice},
     "AdaptersOrder": {"adapters": AdapterChoice},
     "AdaptersReport": {"adapters": AdapterChoice},
     "MergeOrder": {"adapters": AdapterChoice},

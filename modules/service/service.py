@@ -39,9 +39,11 @@ from modules.protocol import (
     LoadOrder,
 )
 from modules.service.badges import Badges
+from modules.service.downloads import Downloads
 from modules.service.fit import Fit, fit_of, refusal, without
 from modules.service.loras import LoraPlan, Loras
 from modules.service.pump import Pump
+from modules.service.shelf import Shelf
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
 from modules.supervisor import Snapshot, Supervisor
@@ -72,6 +74,8 @@ class Service:
         self.supervisor = supervisor
         self.measure = measure
         self.loras = Loras(loras or LoraLibrary([]), library, supervisor, models_dir=cache_dir.parent)
+        self.downloads = Downloads(library, cache_dir.parent, cache_dir.parent.parent / "loras", measure, self.snapshot)
+        self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.snapshot)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
         self._quantized_cache = quantized_cache
@@ -243,6 +247,7 @@ class Service:
         order, fit = self._prepare(name, form, source, anyway)
         self._forget_start_error()
         self.supervisor.load(order, beside=fit.beside)
+        self.shelf.used(order.name)
 
     def start_model(self) -> str:
         """The name of the model named at the start. One named by its path is known by this name from now on.

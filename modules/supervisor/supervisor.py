@@ -218,6 +218,12 @@ class Supervisor:
             child = self._answering()
         return int(json.loads(child.call("POST", COUNT, order, timeout_s=_COUNT_S))["tokens"])
 
+    def ask(self, path: str, order: Any) -> dict[str, Any]:
+        """The worker's answer to one short command. Raises NothingLoaded and what the worker refuses with."""
+        with self._changed:
+            child = self._answering()
+        return dict(json.loads(child.call("POST", path, order, timeout_s=_COUNT_S)))
+
     def memory(self) -> Memory | None:
         """What the loaded model's process holds; None where nothing is loaded, or it is too busy to answer."""
         try:

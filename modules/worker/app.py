@@ -225,7 +225,7 @@ def _merged(chunks: list[Chunk]) -> list[Chunk]:
     pieces = [chunk for chunk in chunks if isinstance(chunk, Piece)]
     ends = [chunk for chunk in chunks if not isinstance(chunk, Piece)]
     if not pieces:
-        return ends
+        return [*ends]
     text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
     logprobs = tuple(told for piece in pieces for told in piece.logprobs)
     return [Piece(text, pieces[-1].tokens, reasoning, logprobs), *ends]

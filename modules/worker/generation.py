@@ -7,13 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from modules.errors import LoadstoneError
 from modules.options import GenerationOptions
-from modules.protocol import Chunk, Done, Failed, FinishReason, GenerateOrder, LoadOrder, Piece
+from modules.protocol import Chunk, Done, Failed, FinishReason, GenerateOrder, LoadOrder, Piece, Shape
 from modules.worker.decoding import StopText, TextStream
+from modules.worker.parts import Parts, reasoning_marks
 from modules.worker.prompts import Prompt, Prompter
+from modules.worker.tools import tool_format
+
+if TYPE_CHECKING:
+    from modules.worker.shaping import Shaping  # imports torch
 
 
 class Loaded(Protocol):
@@ -45,7 +50,7 @@ def generate(
     stopped = stopped or threading.Event()
     try:
         prompt = prompter(loaded).prompt(order)
-        answer = _Answer(loaded, prompt, emit, stopped)
+        answer = _Answer(loaded, order, prompt, emit, stopped)
         answer.run(order.options)
         emit(answer.done())
     except Exception as error:
@@ -78,7 +83,10 @@ class _Stop(Exception):
 class _Answer:
     """A streamer, as ``model.generate`` takes one, that turns tokens into pieces and knows why the answer ended."""
 
-    def __init__(self, loaded: Loaded, prompt: Prompt, emit: Callable[[Chunk], None], stopped: threading.Event) -> None:
+    def __init__(
+        self, loaded: Loaded, order: GenerateOrder, prompt: Prompt, emit: Callable[[Chunk], None],
+        stopped: threading.Event,
+    ) -> None:  # fmt: skip
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
         self._prompt = prompt
@@ -86,12 +94,31 @@ class _Answer:
         self._emit = emit
         self._stopped = stopped
         self._text = TextStream(loaded.tokenizer)
-        self._stop_text = StopText(prompt.stops)
+        self._stop_text = StopText((*prompt.stops, *order.shape.stops))
         self._end_tokens = _end_tokens(loaded.model, loaded.tokenizer)
         self._prompt_seen = False
         self._reason: FinishReason | None = None
         self._tokens = 0
+        self._parts = _parts(loaded, order.shape, prompt) if order.shape.split else None
+        self._shaping = self._shaped(order)
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is held back
         self._begin = self._first = self._last = time.perf_counter()
+
+    def _shaped(self, order: GenerateOrder) -> Shaping | None:
+        """What changes and watches the scores; None for an answer that nothing holds, which then costs nothing."""
+        shape = order.shape
+        if not (
+            shape.presence_penalty or shape.frequency_penalty or shape.logit_bias or shape.logprobs is not None
+            or shape.json_schema is not None or (shape.tools and shape.tool_choice != "auto")
+        ):  # fmt: skip
+            return None
+        from modules.worker.shaping import Shaping
+
+        parts = self._parts
+        return Shaping(
+            shape, self._tokenizer, self._end_tokens, parts.tools if parts else None,
+            lambda: parts is not None and parts.thinking, order.options.repetition_penalty,
+        )  # fmt: skip
 
     def run(self, options: GenerationOptions) -> None:
         """Generate. Sets the seed of the process."""
@@ -111,11 +138,17 @@ class _Answer:
                 max_new_tokens=self._limit,
                 eos_token_id=sorted(self._end_tokens) or None,
                 pad_token_id=_pad_token(self._tokenizer, self._end_tokens),
-                **sampling(options),
+                **{**sampling(options), **self._processors()},
             )
         except _Stop:
             return
         self._hand_out(self._stop_text.push(self._text.finish()) + self._stop_text.finish())
+
+    def _processors(self) -> dict[str, Any]:
+        """Its own processor counts the repetition penalty too, so that log probabilities are the model's own."""
+        if self._shaping is None:
+            return {}
+        return {"logits_processor": [self._shaping], "repetition_penalty": 1.0}
 
     def put(self, value: Any) -> None:
         """Called by ``model.generate`` with the prompt first, then with each new token, as tensors on the CPU."""
@@ -128,6 +161,8 @@ class _Answer:
         self._last = time.perf_counter()
         self._first = self._last if not self._tokens else self._first
         self._tokens += 1
+        if self._shaping is not None and (told := self._shaping.chosen(token)) is not None:
+            self._logprobs.append(told)
         if token in self._end_tokens:
             self._reason = "stop"
             return
@@ -145,11 +180,25 @@ class _Answer:
         raise _Stop
 
     def _hand_out(self, text: str) -> None:
-        if text:
-            self._emit(Piece(text, self._tokens))
+        if self._parts is not None:
+            reasoning, text = self._parts.push(text)
+            self._tell(text, reasoning)
+        elif text:
+            self._tell(text)
+
+    def _tell(self, text: str, reasoning: str = "") -> None:
+        """Hand out text with the log probabilities of the tokens up to it."""
+        if text or reasoning:
+            self._emit(Piece(text, self._tokens, reasoning, tuple(self._logprobs)))
+            self._logprobs.clear()
 
     def done(self) -> Done:
-        """What there is to say after the last piece."""
+        """What there is to say after the last piece, which is handed out before it."""
+        if self._parts is not None:
+            reasoning, text = self._parts.finish()
+            self._tell(text, reasoning)
+        if self._logprobs:
+            self._emit(Piece("", self._tokens, "", tuple(self._logprobs)))
         return Done(
             finish_reason=self._reason or "stop",
             prompt_tokens=len(self._prompt.ids),
@@ -157,7 +206,15 @@ class _Answer:
             first_token_seconds=self._first - self._begin,
             seconds=self._last - self._first,
             dropped_messages=self._prompt.dropped_messages,
+            tool_calls=tuple(self._parts.calls) if self._parts is not None else (),
         )
+
+
+def _parts(loaded: Loaded, shape: Shape, prompt: Prompt) -> Parts:
+    """What tells reasoning and tool calls from the text. Raises UnsupportedParameter for tools it cannot read."""
+    template = str(loaded.tokenizer.chat_template or "")
+    tools = tool_format(template) if shape.tools else None
+    return Parts(reasoning_marks(template), thinking=prompt.thinking, tools=tools)
 
 
 def sampling(options: GenerationOptions) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modules.errors import RequestTooLong, UserError
-from modules.protocol import ChatMessages, CountOrder, GenerateOrder, Task
+from modules.errors import OptionError, RequestTooLong, UnsupportedParameter, UserError
+from modules.options import GenerationOptions
+from modules.protocol import ChatMessages, CountOrder, GenerateOrder, Shape, Task
+from modules.worker.parts import reasoning_marks
+from modules.worker.tools import tool_format
 
 _LEAST_ROOM = 16  # tokens of answer without which a prompt counts as too long
 _ROOM_SHARE = 4  # messages are dropped until an answer has this part of the context, where it asks for so much
@@ -15,11 +18,15 @@ _ROOM_SHARE = 4  # messages are dropped until an answer has this part of the con
 
 @dataclass(frozen=True)
 class Prompt:
-    """``stops`` end the answer where the model has no end-of-turn token of its own."""
+    """``stops`` end the answer where the model has no end-of-turn token of its own.
+
+    ``thinking``: the chat template has opened the model's reasoning, which the answer goes on with.
+    """
 
     ids: list[int]
     stops: tuple[str, ...] = ()
     dropped_messages: int = 0
+    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,42 @@ class Prompter:
         do not fit, and UserError where the model's template refuses the messages.
         """
         if not order.messages:
-            ids = self._raw(order.prompt)
+            ids = list(order.prompt_ids) or self._raw(order.prompt)
+            if order.whole:
+                self._must_fit(ids, "prompt")
             return Prompt(self._cut_left(ids, self.ctx_tokens - self._room(order.options.max_new_tokens)))
+        if order.whole:
+            prompt = self._encoded(order, order.messages)
+            self._must_fit(prompt.ids, "conversation")
+            return prompt
         return self._chat(order)
+
+    def _must_fit(self, ids: list[int], what: str) -> None:
+        """Raises RequestTooLong where there is no room for a token of answer."""
+        limit = self.ctx_tokens if self.task == "seq2seq" else self.ctx_tokens - 1
+        if len(ids) > limit:
+            raise RequestTooLong(
+                f"The {what} has {len(ids):,} tokens; a context of {self.ctx_tokens:,} tokens takes {limit:,} and the "
+                "answer."
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text as it stands, without what a prompt gets in front."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included. Raises OptionError for an id that the tokenizer does not know."""
+        size = len(self.tokenizer)
+        for token in ids:
+            if not 0 <= token < size:
+                raise OptionError(f"The tokenizer has no token {token}; its last is {size - 1}.")
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has, nothing left out."""
         if not order.messages:
             return len(self._raw(order.prompt))
-        return len(self._encode_chat(order.messages, continue_last=False)[0])
+        return len(self._encoded(GenerateOrder(GenerationOptions(), order.messages), order.messages).ids)
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens an answer to ``prompt`` can have at most. A separate decoder has the whole context."""
@@ -75,8 +109,7 @@ class Prompter:
             messages = order.messages
             if turn:
                 messages = (*_system(messages), *_rest(messages)[starts[turn] :])
-            ids, stops = self._encode_chat(messages, order.continue_last)
-            return Prompt(ids, stops, len(order.messages) - len(messages))
+            return self._encoded(order, messages)
 
         prompt = _first_that_fits(from_turn, len(starts), limit)
         limit = self.ctx_tokens - min(self._room(wanted), _LEAST_ROOM)
@@ -103,49 +136,69 @@ class Prompter:
         head = ids[:1] if limit > 1 and ids[0] == self.tokenizer.bos_token_id else []
         return head + ids[len(ids) - limit + len(head) :]
 
-    def _encode_chat(self, messages: ChatMessages, continue_last: bool) -> tuple[list[int], tuple[str, ...]]:
-        """The ids of all messages, and the texts that end an answer to them."""
+    def _encoded(self, order: GenerateOrder, messages: ChatMessages) -> Prompt:
+        """The prompt of these messages, which are the order's or some of them."""
+        dropped, continue_last = len(order.messages) - len(messages), order.continue_last
         if continue_last and not messages[-1]["content"]:
             messages, continue_last = messages[:-1], False  # nothing to go on with: answer
         if not self.tokenizer.chat_template:
-            plain = self._plain(messages, continue_last)
-            return self._raw(plain), ("\nUser:",)
-        text = self._rendered(messages, continue_last)
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids), ()
+            _refuse_without_template(order.shape)
+            return Prompt(self._raw(self._plain(messages, continue_last)), ("\nUser:",), dropped)
+        text = self._rendered(messages, continue_last, self._extras(order.shape))
+        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        marks = reasoning_marks(self.tokenizer.chat_template)
+        return Prompt(ids, (), dropped, thinking=marks is not None and text.rstrip().endswith(marks[0]))
+
+    def _extras(self, shape: Shape) -> dict[str, Any]:
+        """What the template gets beside the messages. Raises UnsupportedParameter for what it does not read."""
+        for name in shape.template_values:
+            if name not in self.tokenizer.chat_template:
+                raise UnsupportedParameter(f"{name}: the model's chat template does not read it.")
+        if shape.tools:
+            tool_format(self.tokenizer.chat_template)
+            return {**shape.template_values, "tools": list(shape.tools)}
+        return shape.template_values
 
     def _plain(self, messages: ChatMessages, continue_last: bool) -> str:
         if self.task == "seq2seq" and len(messages) == 1:
-            return messages[0]["content"]
+            return str(messages[0]["content"])
         lines = [
             f"{text}\n" if role == "system" else f"{role.capitalize()}: {text}"
             for role, text in ((message["role"], message["content"]) for message in messages)
         ]
         return "\n".join(lines if continue_last else [*lines, "Assistant:"])
 
-    def _rendered(self, messages: ChatMessages, continue_last: bool) -> str:
+    def _rendered(self, messages: ChatMessages, continue_last: bool, extras: dict[str, Any]) -> str:
         """The text of the chat template. A template that takes no system message gets it in the first user message."""
         system = [message["content"].strip() for message in _system(messages)]
         try:
-            text = self._render(messages, continue_last)
+            text = self._render(messages, continue_last, extras)
             if all(part in text for part in system):  # some templates leave it out without a word
                 return text
         except Exception as error:
             if not system:
                 raise _refusal(error) from error
         try:
-            return self._render(_folded(messages, "\n\n".join(system)), continue_last)
+            return self._render(_folded(messages, "\n\n".join(system)), continue_last, extras)
         except Exception as error:
             raise _refusal(error) from error
 
-    def _render(self, messages: ChatMessages, continue_last: bool) -> str:
+    def _render(self, messages: ChatMessages, continue_last: bool, extras: dict[str, Any]) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=not continue_last,
                 continue_final_message=continue_last,
+                **extras,
             )
         )
+
+
+def _refuse_without_template(shape: Shape) -> None:
+    """Raises UnsupportedParameter for what only a chat template could tell the model."""
+    for name in ("tools", *shape.template_values) if shape.tools else shape.template_values:
+        raise UnsupportedParameter(f"{name}: the model has no chat template that could read it.")
 
 
 def _refusal(error: Exception) -> UserError:

@@ -1,0 +1,70 @@
+"""How a model's chat template writes a call of a function: how to force one, and how to read one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from modules.errors import UnsupportedParameter
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """A call is ``begin``, one JSON object of ``name`` and :attr:`arguments`, ``end``. Without tags it is the whole
+    answer."""
+
+    begin: str
+    end: str
+    arguments: str = "arguments"
+
+
+TAGGED = ToolFormat("<tool_call>", "</tool_call>")  # Hermes, Qwen, SmolLM3 and others
+BARE = ToolFormat("", "", "parameters")  # Llama 3.1 and later
+
+
+def tool_format(template: str) -> ToolFormat:
+    """The form that this chat template teaches. Raises UnsupportedParameter for one that cannot be read."""
+    if "tools" not in template:
+        raise UnsupportedParameter("tools: the model's chat template knows none.", "Choose a model that calls tools.")
+    if TAGGED.begin in template and "<function=" not in template and "<arg_key>" not in template:
+        return TAGGED
+    if '"parameters"' in template and '"name"' in template:
+        return BARE
+    raise UnsupportedParameter(
+        "tools: the model writes its calls in a form that Loadstone does not read.",
+        "It reads <tool_call>{JSON}</tool_call> and Llama's bare JSON.",
+    )
+
+
+def call_grammar(form: ToolFormat, tools: tuple[dict[str, Any], ...], choice: str) -> str:
+    """llguidance's grammar for one call: of the function that ``choice`` names, or of any for "required"."""
+    wanted = choice.removeprefix("function:") if choice.startswith("function:") else None
+    calls = [_call_schema(form, tool["function"]) for tool in tools if wanted in (None, tool["function"]["name"])]
+    schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
+    begin, end = (f'"{form.begin}\\n" ', f' "\\n{form.end}"') if form.begin else ("", "")
+    return f"start: {begin}call{end}\ncall: %json {schema}\n"
+
+
+def _call_schema(form: ToolFormat, function: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function["name"]},
+            form.arguments: function.get("parameters") or {"type": "object", "properties": {}},
+        },
+        "required": ["name", form.arguments],
+        "additionalProperties": False,
+    }
+
+
+def read_call(text: str, form: ToolFormat) -> dict[str, str] | None:
+    """The call that ``text`` writes: its name, and its arguments as JSON; None where it writes none."""
+    try:
+        call = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get(form.arguments, call.get("arguments", {}))
+    return {"name": call["name"], "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
