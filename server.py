@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             return _run(service, server, parsed)
         finally:
+            service.downloads.close()
             service.supervisor.close()
     except LoadstoneError as error:
         print(f"loadstone: {error}", file=sys.stderr)
@@ -81,7 +82,7 @@ def _log_to_stderr(*, verbose: bool) -> None:
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True
     )
-    for name in ("httpx", "httpcore", "asyncio", "markdown_it", "matplotlib", "PIL"):
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock", "asyncio", "markdown_it", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -91,6 +92,8 @@ def _run(service: Service, server: ServerOptions, parsed: flags.Parsed) -> int:
     command = parsed.command_options()
     if command.check:
         return commands.check(service)
+    if command.download:
+        return commands.download(service, command.download, command.file)
     if command.plan:
         return commands.print_plan(service, as_json=command.json)
     if "prompt" in parsed.command:  # given, if only as an empty text

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from modules import demo as demo_model
 from modules import packages
 from modules.errors import UserError
+from modules.hub import Job
 from modules.protocol import Done, Piece
 from modules.service import Service
 from modules.units import format_bytes, format_seconds
@@ -81,6 +83,42 @@ def prompt(service: Service, text: str, *, raw: bool, anyway: bool = False) -> i
             speed = chunk.completion_tokens / chunk.seconds if chunk.seconds else 0
             say(f"{chunk.completion_tokens} tokens, {speed:.1f} tokens/s")
     return 0
+
+
+def download(service: Service, text: str, pattern: str = "") -> int:
+    """Bring what ``text`` names from the Hub, with a progress bar on stderr; its folder on stdout.
+
+    Raises what is wrong with the name, the disk or the Hub. Ctrl-C keeps what has come.
+    """
+    from tqdm import tqdm
+
+    service.downloads.alone()
+    offer = service.downloads.look(text, pattern)
+    for note in offer.notes:
+        say(f"note: {note}")
+    say(f"{offer.repository.name}: {len(offer.order.files)} files, {format_bytes(offer.order.size_bytes)}")
+    if left_out := len(offer.choice.left_out):
+        say(f"{left_out} further files are left out; --file '*' takes all.")
+    job = service.downloads.begin(offer)
+    if verdict := service.downloads.verdict(offer):
+        say(verdict)
+    try:
+        with tqdm(total=job.order.size_bytes, unit="B", unit_scale=True, desc=job.order.name) as bar:
+            job = service.downloads.queue.wait_for(job.key, lambda now: _draw(bar, now))
+    except KeyboardInterrupt:
+        again = " ".join(["--download", text, *(["--file", pattern] if pattern else [])])
+        say(f"Stopped. What has come is kept: the same command goes on with it.\n    server.py {again}")
+        return 130
+    if job.error:
+        raise job.error
+    print(job.order.target)
+    return 0
+
+
+def _draw(bar: Any, job: Job) -> None:
+    bar.n = job.done_bytes
+    bar.set_postfix_str(job.stage, refresh=False)
+    bar.refresh()
 
 
 def check(service: Service) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -59,8 +59,9 @@ def write_record(folder: Path, order: Order, earlier: Record | None = None) -> N
     Raises OSError.
     """
     files = {file.name: file for file in order.files}
-    if earlier and earlier.commit == order.commit:
-        files = {**{n: f for n, f in earlier.files.items() if (folder / n).is_file()}, **files}
+    if earlier:
+        kept = {n: f for n, f in earlier.files.items() if n not in _stale(order, earlier) and (folder / n).is_file()}
+        files = {**kept, **files}
     record = Record(
         order.repo, order.revision, order.commit, order.endpoint,
         datetime.now().astimezone().isoformat(timespec="seconds"), files,
@@ -68,19 +69,26 @@ def write_record(folder: Path, order: Order, earlier: Record | None = None) -> N
     write_json(folder / RECORD, {**asdict(record), "files": {name: asdict(file) for name, file in files.items()}})
 
 
+def drop_from_record(folder: Path, name: str) -> None:
+    """Say no more of a file that has been deleted. Raises OSError."""
+    if (record := read_record(folder)) is not None and name in record.files:
+        files = {other: asdict(file) for other, file in record.files.items() if other != name}
+        write_json(folder / RECORD, {**asdict(record), "files": files})
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write so that the file is the old one or the new one at any moment. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    name = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with name.open("x", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            name.unlink()
         raise
 
 
@@ -166,13 +174,20 @@ def settle(order: Order) -> None:
 def _others(order: Order, target: Path, earlier: Record | None) -> Iterator[Path]:
     """The files of the old folder that the new one does not bring and that are not remains of an older commit."""
     brought = {file.name for file in order.files} | {RECORD}
-    stale = set(earlier.files) if earlier and earlier.commit != order.commit else set()
+    stale = _stale(order, earlier)
     for place, _, names in os.walk(target):
         for name in names:
             path = Path(place, name)
             relative = path.relative_to(target).as_posix()
             if relative not in brought and relative not in stale:
                 yield path
+
+
+def _stale(order: Order, earlier: Record | None) -> set[str]:
+    """The files of an older commit that must not be mixed with the new one's; each GGUF file is a model by itself."""
+    if earlier is None or earlier.commit == order.commit:
+        return set()
+    return {name for name in earlier.files if not name.endswith(".gguf")}
 
 
 def remove_tree(path: Path) -> None:

@@ -197,7 +197,7 @@ class DownloadQueue:
 
     def _after(self, key: str) -> None:
         """What is left to do when a job has no process any more."""
-        if self._jobs[key].state is JobState.CANCELLED:
+        if self._jobs[key].state in (JobState.CANCELLED, JobState.DONE):
             _remove_partial(self._jobs[key].order)
         ended = [key for key, job in self._jobs.items() if not job.state.is_open and key not in self._running]
         for old in ended[:-_KEPT]:

@@ -110,6 +110,13 @@ class CommandOptions:
         "flag", False, "Demo", "Bring the demo model, SmolLM2-135M-Instruct, into models/ and select it.",
         group="command",
     )  # fmt: skip
+    download: str = option(
+        "text", "", "Download", "Bring a model or LoRA from the Hub, USER/MODEL[:BRANCH] or its address, and exit.",
+        group="command",
+    )  # fmt: skip
+    file: str = option(
+        "text", "", "File", "With --download: only the files of this name, or that match this glob.", group="command",
+    )  # fmt: skip
     check: bool = option(
         "flag", False, "Check", "Tell what of this machine and its packages works, exit.", group="command",
     )  # fmt: skip

@@ -137,6 +137,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
     def when_up() -> None:
         announcing.announce(url, network, door.made)
         _in_background("warm-worker-start", service.supervisor.start)
+        service.downloads.start()
         if server.auto_launch:
             _in_background("browser", webbrowser.open, url)
         if server.share:

@@ -1,0 +1,201 @@
+"""What is done with models that are here: verified, moved away, marked, compared. Folders and files, no library."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.errors import UserError
+from modules.hub import placing
+from modules.hub.choosing import RemoteFile
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_TRASH = "removed"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """``broken``: name → what is wrong, "missing", "12 bytes, not 20", "another content"."""
+
+    checked: int
+    checked_bytes: int
+    broken: Mapping[str, str]
+
+
+def verify(folder: Path, files: Iterable[RemoteFile], told: Callable[[str], None] = lambda _: None) -> Verified:
+    """Compare each file in ``folder`` with what the Hub says of it, by size and hash."""
+    broken, checked, size = {}, 0, 0
+    for file in files:
+        told(file.name)
+        checked, size = checked + 1, size + file.size
+        if wrong := _wrong(folder / file.name, file):
+            broken[file.name] = wrong
+    return Verified(checked, size, broken)
+
+
+def _wrong(path: Path, file: RemoteFile) -> str:
+    try:
+        size = path.stat().st_size
+        if size != file.size:
+            return f"{size:,} bytes, not {file.size:,}"
+        return "" if placing.is_whole(path, file) else "another content"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return str(error.strerror)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a model: of its file, or of all files in its folder."""
+    if not path.is_dir():
+        return path.stat().st_size if path.exists() else 0
+    return sum(
+        file.stat().st_size
+        for place, _, names in os.walk(path)
+        for name in names
+        if (file := Path(place, name)).exists()
+    )
+
+
+def remove(path: Path, root: Path) -> None:
+    """Delete a model: it is moved aside first, so that no half of it is ever offered. Raises UserError.
+
+    Of a link only the link goes.
+    """
+    trash = root / ".cache" / _TRASH
+    aside = trash / f"{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        trash.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"{path.name} cannot be deleted: {error.strerror}.", "Check the folder's permissions."
+        ) from None
+    if aside.is_symlink() or not aside.is_dir():
+        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            placing.drop_from_record(path.parent, path.name)
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+    _drop_empty_parent(path, root)
+
+
+def _drop_empty_parent(path: Path, root: Path) -> None:
+    """The folder that held the last of its GGUF files is of no use any more."""
+    parent = path.parent
+    if parent != root and not [name for name in os.listdir(parent) if name != placing.RECORD and not name.endswith(
+        (".json", ".md", ".txt")
+    )]:  # fmt: skip
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def empty_trash(root: Path) -> None:
+    """Remove what an earlier server was still removing."""
+    trash = root / ".cache" / _TRASH
+    if trash.is_dir():
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """The same bytes under several names. ``size_bytes`` of one of them."""
+
+    names: tuple[str, ...]
+    size_bytes: int
+
+
+def duplicates(models: Mapping[str, Path], told: Callable[[str], None] = lambda _: None) -> list[Duplicate]:
+    """Weight files of equal content that take their space more than once, by model name.
+
+    Only files of equal size are hashed, and none whose hash is recorded; links to one file take no space twice.
+    """
+    by_size: dict[int, list[tuple[str, Path]]] = {}
+    for name, path in models.items():
+        for file in _weight_files(path):
+            with contextlib.suppress(OSError):
+                by_size.setdefault(file.stat().st_size, []).append((_label(name, path, file), file))
+    found = []
+    for size, files in by_size.items():
+        if size and len({(f.stat().st_dev, f.stat().st_ino) for _, f in files}) > 1:
+            found += _equal(size, files, told)
+    return sorted(found, key=lambda duplicate: -duplicate.size_bytes)
+
+
+def _equal(size: int, files: list[tuple[str, Path]], told: Callable[[str], None]) -> list[Duplicate]:
+    by_hash: dict[str, list[str]] = {}
+    for name, file in files:
+        told(name)
+        by_hash.setdefault(_sha256(file), []).append(name)
+    return [Duplicate(tuple(sorted(names)), size) for names in by_hash.values() if len(names) > 1]
+
+
+def _sha256(file: Path) -> str:
+    record = placing.read_record(file.parent)
+    known = record.files.get(file.name) if record else None
+    if known and known.sha256 and known.size == file.stat().st_size:
+        return known.sha256
+    return placing.hash_of(file, RemoteFile(file.name, 0, sha256="-"))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+
+
+def _label(name: str, path: Path, file: Path) -> str:
+    return name if path == file else f"{name}/{file.name}"
+
+
+class Marks:
+    """Which models are favourites, and when each was last used; kept in a small file. From any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+
+    def favourites(self) -> frozenset[str]:
+        return frozenset(self._read()["favourites"])
+
+    def last_used(self) -> dict[str, float]:
+        """Model name → seconds since the epoch."""
+        return {str(name): float(when) for name, when in self._read()["last_used"].items()}
+
+    def set_favourite(self, name: str, on: bool) -> None:
+        with self._lock:
+            data = self._read()
+            data["favourites"] = sorted({*data["favourites"], name} - (set() if on else {name}))
+            self._write(data)
+
+    def used(self, name: str, when: float) -> None:
+        with self._lock:
+            data = self._read()
+            data["last_used"][name] = round(when)
+            self._write(data)
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            data = self._read()
+            data["favourites"] = [other for other in data["favourites"] if other != name]
+            data["last_used"].pop(name, None)
+            self._write(data)
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            data = json.loads(self._path.read_bytes())
+            if isinstance(data.get("favourites"), list) and isinstance(data.get("last_used"), dict):
+                return dict(data)
+        return {"favourites": [], "last_used": {}}
+
+    def _write(self, data: Mapping[str, Any]) -> None:
+        """Marks are worth no error: a folder that cannot be written to keeps none."""
+        with contextlib.suppress(OSError):
+            placing.write_json(self._path, data)

@@ -1,0 +1,125 @@
+"""Keeping the library: what each model takes, favourites, verifying, updating, deleting, duplicates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import ModelInUse, UserError
+from modules.hub import Job, keeping, placing
+from modules.hub.keeping import Duplicate, Marks, Verified
+from modules.library import Library, Model
+from modules.library.scan import HUB_CACHE
+from modules.service.downloads import Downloads, recorded
+from modules.supervisor import Snapshot, State
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One model as the shelf shows it. ``used`` in seconds since the epoch, 0 for never."""
+
+    name: str
+    path: Path
+    size_bytes: int
+    used: float
+    favourite: bool
+    source: str  # user/model:branch at a commit, "Hugging Face cache", or ""
+    repairable: bool  # its source is recorded
+
+
+class Shelf:
+    """See the module. May be used from any thread."""
+
+    def __init__(
+        self, library: Library, models_dir: Path, downloads: Downloads, snapshot: Callable[[], Snapshot]
+    ) -> None:
+        self._library = library
+        self._downloads = downloads
+        self._snapshot = snapshot
+        self.marks = Marks(models_dir / ".cache" / "library.json")
+
+    def kept(self) -> list[Kept]:
+        """Every model that is offered: favourites first, then by name. Sizes are read from the disk."""
+        favourites, used = self.marks.favourites(), self.marks.last_used()
+        models = [self._kept(model, favourites, used) for model in self._library.models()]
+        return sorted(models, key=lambda kept: (not kept.favourite, kept.name.casefold()))
+
+    def _kept(self, model: Model, favourites: frozenset[str], used: dict[str, float]) -> Kept:
+        record = placing.read_record(_folder(model))
+        source = f"{record.repo}:{record.revision} at {record.commit[:8]}" if record else ""
+        if model.root == self._library.hf_cache:
+            source = HUB_CACHE
+        return Kept(
+            model.name, model.path, keeping.size_of(model.path), used.get(model.name, 0.0), model.name in favourites,
+            source, record is not None,
+        )  # fmt: skip
+
+    def used(self, name: str) -> None:
+        """The model is being loaded."""
+        self.marks.used(name, time.time())
+
+    def favourite(self, name: str, on: bool) -> None:
+        self._library.find(name)
+        self.marks.set_favourite(name, on)
+
+    def verify(self, name: str, told: Callable[[str], None] = lambda _: None) -> Verified:
+        """Compare every file with what the Hub said of it. Raises ModelNotFound, UserError where that is not known."""
+        folder = _folder(self._library.find(name))
+        return keeping.verify(folder, recorded(folder).files.values(), told)
+
+    def repair(self, name: str) -> Job:
+        """Fetch what is broken of it, in the background. Raises as :meth:`verify`, and what the Hub refuses."""
+        return self._downloads.repair(_folder(self._library.find(name)))
+
+    def newer_commit(self, name: str) -> str:
+        """The commit that its branch has now, "" where that is the one that is here. Asks the Hub."""
+        return self._downloads.newer_commit(_folder(self._library.find(name)))
+
+    def update(self, name: str) -> Job:
+        """Bring it to its branch's newest commit, in the background."""
+        return self._downloads.update(_folder(self._library.find(name)))
+
+    def delete(self, name: str) -> int:
+        """Delete the model; the bytes that it took. Raises ModelInUse for one that is loaded or being downloaded.
+
+        Models in the Hugging Face cache are that cache's own.
+        """
+        model = self._library.find(name)
+        if model.root == self._library.hf_cache:
+            raise UserError(f"{name} lies in the Hugging Face cache.", "Delete it with: hf cache rm")
+        if model.root not in self._library.roots:
+            raise UserError(f"{name} lies in no model folder: {model.path}.", "Delete it by hand.")
+        self._refuse_in_use(model)
+        size = keeping.size_of(model.path) if not model.path.is_symlink() else 0
+        keeping.remove(model.path, model.root)
+        self.marks.forget(name)
+        return size
+
+    def _refuse_in_use(self, model: Model) -> None:
+        snapshot = self._snapshot()
+        orders = [snapshot.order, snapshot.loaded.order if snapshot.loaded else None]
+        paths = {Path(order.path) for order in orders if order is not None and _holds(snapshot, order.name)}
+        if model.path in paths:
+            raise ModelInUse(f"{model.name} is loaded.", "Unload it first.")
+        if _folder(model) in self._downloads.open_targets():
+            raise ModelInUse(f"{model.name} is being downloaded.", "Cancel the download first.")
+
+    def duplicates(self, told: Callable[[str], None] = lambda _: None) -> list[Duplicate]:
+        """Weight files that take their space more than once. Reads files of equal size whose hash is not recorded."""
+        return keeping.duplicates({model.name: model.path for model in self._library.models()}, told)
+
+
+def _holds(snapshot: Snapshot, name: str) -> bool:
+    """Whether a process reads that model's files, or is about to."""
+    if snapshot.loaded and snapshot.loaded.order.name == name:
+        return True
+    return snapshot.state in (State.STARTING, State.LOADING)
+
+
+def _folder(model: Model) -> Path:
+    """The folder that a download fills: a GGUF file lies in it, a model is it."""
+    if model.file_format != "gguf":
+        return model.path
+    return model.path.parent
