@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from modules.api import answers, internal
+from modules.api import answers, downloads, internal
 from modules.service import Service
 
 
 def install(app: FastAPI, service: Service) -> None:
     """Add the routes and the error answers to ``app``."""
-    for group in (internal,):
+    for group in (internal, downloads):
         app.include_router(group.router(service))
     answers.install(app)

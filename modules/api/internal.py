@@ -36,7 +36,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/internal/model/status")
     async def status() -> dict[str, Any]:
-        return brief(service.snapshot())
+        state = brief(service.snapshot())
+        return {**state, "downloads": service.downloads.queue.shown()}
 
     @routes.get("/v1/internal/model/list")
     def models() -> dict[str, list[str]]:

@@ -113,12 +113,16 @@ class Downloads:
         """
         ask = parse(text, pattern)
         repository = self.hub.repository(ask)
-        choice = choose(repository.name, repository.files, ask.pattern)
+        return self._offer(ask, repository, choose(repository.name, repository.files, ask.pattern))
+
+    def narrowed(self, offer: Offer, pattern: str) -> Offer:
+        """The same repository with other files chosen, without asking again. Raises NotOnHub."""
+        return self._offer(offer.ask, offer.repository, choose(offer.repository.name, offer.repository.files, pattern))
+
+    def _offer(self, ask: Ask, repository: Repository, choice: Choice) -> Offer:
         order = self._order(ask, repository, choice)
-        root = self._roots[choice.kind]
-        return Offer(
-            ask, repository, choice, order, self._here(order), checks.free_bytes(root), _notes(repository, order)
-        )
+        free = checks.free_bytes(self._roots[choice.kind])
+        return Offer(ask, repository, choice, order, self._here(order), free, _notes(repository, order))
 
     def _order(self, ask: Ask, repository: Repository, choice: Choice, *, check_all: bool = False) -> Order:
         root = self._roots[choice.kind]

@@ -11,7 +11,7 @@ from modules.errors import CustomCodeRefused, LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
 from modules.service import Service, View
 from modules.supervisor import State
-from modules.ui import cards
+from modules.ui import cards, download_card
 from modules.ui.form import Form, build_form, form_updates, group_updates, widget_value
 
 POLL_S = 0.25
@@ -44,6 +44,7 @@ class ModelTab:
     card: gr.HTML
     code: gr.HTML
     shown_code: gr.State  # the Python files as they were shown: name → SHA-256
+    downloads: download_card.DownloadCard
 
     @property
     def follows_state(self) -> list[Any]:
@@ -99,10 +100,11 @@ def build(service: Service) -> ModelTab:
                 for place in range(MOST_WAYS)
             )
             anyway = gr.Button("Load anyway", size="sm", variant="stop", visible="hidden", elem_id="anyway")
+            downloads = download_card.build()
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
         model, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
-        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}),
+        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}), downloads,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 (() => {
   const EVERY_MS = 500;
   let shown = null;
+  let downloads = null;
   let failures = 0;
 
   const element = (id) => document.getElementById(id);
@@ -38,6 +39,10 @@
       if (status.shown !== shown && element("sync")) {
         shown = status.shown;
         element("sync").click();
+      }
+      if (status.downloads !== downloads && element("sync-downloads")) {
+        downloads = status.downloads;
+        element("sync-downloads").click();
       }
       showRate(status);
       explain();
