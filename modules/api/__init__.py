@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from modules.api import answers, downloads, internal
+from modules.api import answers, downloads, internal, loras
 from modules.service import Service
 
 
 def install(app: FastAPI, service: Service) -> None:
     """Add the routes and the error answers to ``app``."""
-    for group in (internal, downloads):
+    for group in (internal, downloads, loras):
         app.include_router(group.router(service))
     answers.install(app)

@@ -1,4 +1,4 @@
-"""Management routes under ``/v1/internal``: what is loaded, load, unload."""
+"""Management routes under ``/v1/internal``, by text-generation-webui's names: what is loaded, load, unload."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from modules.errors import Cancelled
 from modules.options import LOAD_OPTIONS
-from modules.service import Service
-from modules.supervisor import Snapshot, State
+from modules.service import Service, entries_of
+from modules.supervisor import Loaded, Snapshot, State
 
 
 class LoadBody(BaseModel):
@@ -26,6 +26,15 @@ class LoadBody(BaseModel):
     anyway: bool = False
 
 
+class PlanBody(BaseModel):
+    """As for a load, which is not begun."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
+
+    model_name: str
+    args: dict[str, Any] = {}
+
+
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter()
@@ -36,7 +45,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/internal/model/status")
     async def status() -> dict[str, Any]:
-        state = brief(service.snapshot())
+        state = brief(service.snapshot(), service.loras.merger.state().version)
         return {**state, "downloads": service.downloads.queue.shown()}
 
     @routes.get("/v1/internal/model/list")
@@ -62,14 +71,34 @@ def router(service: Service) -> APIRouter:
         service.unload()
         return describe(service.snapshot())
 
+    @routes.post("/v1/internal/model/plan")
+    def plan(body: PlanBody) -> dict[str, Any]:
+        view = service.view(body.model_name, body.args, source="api")
+        if view.problem:
+            raise view.problem
+        if view.fit is None:
+            raise AssertionError("a view of a model without a problem has a plan")
+        planned = view.fit.plan
+        return {**planned.to_dict(), "fits": view.fit.fits, "notes": [*view.notes, *planned.notes]}
+
     return routes
 
 
-def brief(snapshot: Snapshot) -> dict[str, Any]:
+def brief(snapshot: Snapshot, merge_version: int = 0) -> dict[str, Any]:
     """What the page asks for twice a second. ``shown`` changes with all that it shows but the speed of answers."""
     since = snapshot.loaded.since if snapshot.loaded else 0
     name = snapshot.order.name if snapshot.order else ""
-    shown = (snapshot.state, since, name, snapshot.progress, snapshot.notes, str(snapshot.error))
+    adapters = snapshot.loaded.order.adapters if snapshot.loaded else ()
+    shown = (
+        snapshot.state,
+        since,
+        name,
+        snapshot.progress,
+        snapshot.notes,
+        str(snapshot.error),
+        adapters,
+        merge_version,
+    )
     return {
         "state": snapshot.state.value,
         "shown": crc32(repr(shown).encode()),
@@ -86,7 +115,9 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "version": snapshot.version,
         "state": snapshot.state.value,
         "model_name": loaded.order.name if loaded else None,
-        "options": {name: getattr(loaded.order.options, name) for name in LOAD_OPTIONS} if loaded else {},
+        "lora_names": [choice.name for choice in loaded.order.adapters] if loaded else [],
+        "lora_weights": [choice.weight for choice in loaded.order.adapters] if loaded else [],
+        "options": _options(loaded) if loaded else {},
         "context_tokens": loaded.order.ctx_tokens if loaded else None,
         "device_bytes": loaded.report.device_bytes if loaded else {},
         "footprint_bytes": loaded.report.footprint_bytes if loaded else None,
@@ -94,3 +125,9 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "notes": [*(loaded.report.notes if loaded else ()), *snapshot.notes],
         "error": snapshot.error.to_dict() if snapshot.error else None,
     }
+
+
+def _options(loaded: Loaded) -> dict[str, Any]:
+    """The options that it was loaded with; of LoRAs those that are active now."""
+    options = {name: getattr(loaded.order.options, name) for name in LOAD_OPTIONS}
+    return {**options, "lora": entries_of(loaded.order.adapters)}

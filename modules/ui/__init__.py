@@ -9,7 +9,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from modules.service import Service
-from modules.ui import cards, chat_tab, download_actions, guest, model_actions, model_tab, session_tab
+from modules.ui import cards, chat_tab, download_actions, guest, lora_actions, model_actions, model_tab, session_tab
 from modules.ui.answering import Stops
 from modules.ui.common import QUIET, top
 
@@ -31,6 +31,7 @@ def build(service: Service, *, login: bool = False) -> gr.Blocks:
                 session_tab.build(service, session)
         model_actions.wire(models, service)
         download_actions.wire(models.downloads, service, models.model)
+        lora_actions.wire(models, service)
         chat_tab.wire(chat, service, Stops())
         chat_tab.wire_recall(page, chat, service)
         _follow_state(page, service, line, sync, models, chat)

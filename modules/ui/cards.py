@@ -9,7 +9,7 @@ from html import escape
 
 from modules.devices import Machine
 from modules.errors import LoadstoneError
-from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, changed
+from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, adapters_in_words, changed
 from modules.planner import DevicePlan
 from modules.service import Fit, View
 from modules.supervisor import Loaded, Snapshot, State
@@ -58,8 +58,14 @@ def loaded_in_words(loaded: Loaded) -> str:
         precision,
         options_in_words(loaded.order.options),
         format_tokens(loaded.order.ctx_tokens),
+        f"LoRA {adapters}" if (adapters := active_in_words(loaded)) else "",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def active_in_words(loaded: Loaded) -> str:
+    """The LoRAs that are active: ``pirate 0.8 + cheese``; ``""`` where there is none."""
+    return adapters_in_words((choice.name, choice.weight) for choice in loaded.order.adapters)
 
 
 def status_line(snapshot: Snapshot) -> str:

@@ -109,7 +109,8 @@ def build_form() -> Form:
                 _rows(members, fields)
     for spec in LOAD_OPTIONS.values():
         if spec.kind == "adapters":  # filled in by the LoRA card
-            fields[spec.name] = gr.Textbox(widget_value(spec, spec.default), visible="hidden", label=spec.label)
+            with gr.Row(elem_classes="unseen"):
+                fields[spec.name] = gr.Textbox(widget_value(spec, spec.default), label=spec.label)
     return Form(precision, {name: fields[name] for name in LOAD_OPTIONS if name in fields}, groups)
 
 

@@ -162,7 +162,7 @@ def wire(tab: ModelTab, service: Service) -> None:
         [tab.model, tab.autoload], tab.remembered, queue=False, **QUIET,
     )  # fmt: skip
     gr.on(
-        edits(tab.form.widgets),
+        [*edits(tab.form.widgets), tab.loras.typed.change],
         changed, inputs, tab.follows_view, trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     _wire_loading(tab, service, inputs, changed, load)

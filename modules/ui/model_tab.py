@@ -11,7 +11,7 @@ from modules.errors import CustomCodeRefused, LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
 from modules.service import Service, View
 from modules.supervisor import State
-from modules.ui import cards, download_card
+from modules.ui import cards, download_card, lora_card
 from modules.ui.form import Form, build_form, form_updates, group_updates, widget_value
 
 POLL_S = 0.25
@@ -45,11 +45,13 @@ class ModelTab:
     code: gr.HTML
     shown_code: gr.State  # the Python files as they were shown: name → SHA-256
     downloads: download_card.DownloadCard
+    loras: lora_card.LoraCard
 
     @property
     def follows_state(self) -> list[Any]:
         """What :func:`state_updates` updates."""
-        return [self.card, self.load, self.unload, self.reload, self.cancel, self.fix, self.allow_code]
+        return [self.card, self.load, self.unload, self.reload, self.cancel, self.fix, self.allow_code,
+                *self.loras.follows_state]  # fmt: skip
 
     @property
     def follows_view(self) -> list[Any]:
@@ -90,6 +92,7 @@ def build(service: Service) -> ModelTab:
             form = build_form()
             stretch = gr.Button("Stretch the context", size="sm", visible="hidden", elem_id="stretch")
             code = gr.HTML(elem_id="code", padding=False)
+            loras = lora_card.build()
         with gr.Column(scale=5, min_width=320, elem_id="state-column"):
             card = gr.HTML(elem_id="card", padding=False)
             fix = gr.Button("", variant="primary", size="sm", visible="hidden", elem_id="fix")
@@ -104,7 +107,7 @@ def build(service: Service) -> ModelTab:
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
         model, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
-        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}), downloads,
+        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}), downloads, loras,
     )  # fmt: skip
 
 
@@ -162,6 +165,7 @@ def state_updates(service: Service, model: str | None, refused: LoadstoneError |
         gr.update(visible=True if snapshot.state in (State.STARTING, State.LOADING) else "hidden"),
         gr.update(visible=True if error and error.fix else "hidden", value=_fix_label(error)),
         gr.update(visible=True if isinstance(error, CustomCodeRefused) else "hidden"),
+        *lora_card.state_updates(service, model),
     ]
 
 
