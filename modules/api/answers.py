@@ -1,4 +1,4 @@
-"""How the API answers what was refused or failed: every error as JSON of one form."""
+"""How the API answers what was refused or failed: every error as JSON of one form, or of OpenAI's on its routes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from modules.api.openai import problems as openai
 from modules.errors import InternalError, LoadstoneError, OptionError
 
 
@@ -19,6 +20,9 @@ def install(app: FastAPI) -> None:
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """What nobody foresaw is logged by the server, traceback and all."""
     known = typed(error, request)
+    if openai.serves(request.url.path.removeprefix(request.scope.get("root_path", ""))):
+        status, body = openai.error_body(known)
+        return JSONResponse(body, status_code=status)
     return JSONResponse({"error": known.to_dict()}, status_code=known.status)
 
 

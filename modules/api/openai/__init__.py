@@ -1,0 +1,16 @@
+"""OpenAI's routes: models, chat completions, completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from modules.api.openai import chat, completions, models
+from modules.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(prefix="/v1")
+    for group in (models, chat, completions):
+        routes.include_router(group.router(service))
+    return routes

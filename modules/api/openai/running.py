@@ -1,0 +1,113 @@
+"""Orders under way for one request, stopped when its client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from modules.errors import Cancelled, InternalError, LoadstoneError
+from modules.protocol import Chunk, Done, GenerateOrder, Piece
+from modules.service import Service
+
+log = logging.getLogger(__name__)
+
+
+class Running:
+    """The answers to several orders as they come, from threads of their own to the event loop."""
+
+    def __init__(self, service: Service, orders: Sequence[GenerateOrder], request: Request) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()
+        self._stopped = threading.Event()
+        self._request = request
+        self._left = len(orders)
+        for index, order in enumerate(orders):
+            threading.Thread(target=self._run, args=(service, index, order), name="api-answer", daemon=True).start()
+
+    def _run(self, service: Service, index: int, order: GenerateOrder) -> None:
+        try:
+            for chunk in service.stream(order, self._stopped):
+                self._tell(index, chunk)
+                if isinstance(chunk, Done):
+                    return
+            raise InternalError("An answer has no end.")
+        except LoadstoneError as error:
+            self._tell(index, error)
+        except Exception as error:
+            log.exception("an answer failed")
+            self._tell(index, InternalError(f"{type(error).__name__}: {error}"))
+
+    def _tell(self, index: int, chunk: Chunk | LoadstoneError) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, chunk))
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, Piece | Done], None]:
+        """(choice, chunk) until all have ended. Raises what an order failed with, and Cancelled when the client goes.
+
+        Leaving the loop over it early stops what is still under way.
+        """
+        gone = asyncio.create_task(self._gone())
+        try:
+            while self._left:
+                got = asyncio.create_task(self._queue.get())
+                await asyncio.wait({got, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not got.done():
+                    got.cancel()
+                    raise Cancelled("The client has gone.")
+                index, chunk = got.result()
+                if isinstance(chunk, LoadstoneError):
+                    raise chunk
+                if isinstance(chunk, Done):
+                    self._left -= 1
+                    if chunk.finish_reason == "cancelled":
+                        raise Cancelled("The answer was stopped.")
+                if isinstance(chunk, Piece | Done):
+                    yield index, chunk
+        finally:
+            self._stopped.set()
+            gone.cancel()
+
+    async def _gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+
+@dataclass
+class Collected:
+    """One whole answer."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    done: Done | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(piece.reasoning for piece in self.pieces)
+
+    @property
+    def end(self) -> Done:
+        """How it ended. Raises InternalError where it has not."""
+        if self.done is None:
+            raise InternalError("An answer has no end.")
+        return self.done
+
+
+async def collect(running: Running, count: int) -> list[Collected]:
+    """All answers, when all are there."""
+    answers = [Collected() for _ in range(count)]
+    async with contextlib.aclosing(running.chunks()) as chunks:
+        async for index, chunk in chunks:
+            if isinstance(chunk, Done):
+                answers[index].done = chunk
+            else:
+                answers[index].pieces.append(chunk)
+    return answers
