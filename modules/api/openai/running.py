@@ -24,7 +24,7 @@ class Running:
     def __init__(self, service: Service, orders: Sequence[GenerateOrder], request: Request) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()
-        self._stopped = threading.Event()
+        self._stops = [threading.Event() for _ in orders]  # one each: an answer sets its own when it ends
         self._request = request
         self._left = len(orders)
         for index, order in enumerate(orders):
@@ -32,7 +32,7 @@ class Running:
 
     def _run(self, service: Service, index: int, order: GenerateOrder) -> None:
         try:
-            for chunk in service.stream(order, self._stopped):
+            for chunk in service.stream(order, self._stops[index]):
                 self._tell(index, chunk)
                 if isinstance(chunk, Done):
                     return
@@ -70,7 +70,8 @@ class Running:
                 if isinstance(chunk, Piece | Done):
                     yield index, chunk
         finally:
-            self._stopped.set()
+            for stop in self._stops:
+                stop.set()
             gone.cancel()
 
     async def _gone(self) -> None:
