@@ -65,10 +65,10 @@ def _judged(service: Service, asked: str, files: list[str] | None) -> list[Any]:
 
 
 def _downloaded(service: Service, asked: str, files: list[str] | None) -> list[Any]:
-    """Queue what is chosen."""
-    job = service.downloads.download(asked, pattern_of(files or []))
-    inform(f"{job.order.name} is being downloaded.")
-    return job_updates(service)
+    """Queue what is chosen; its bar stands where the file list was."""
+    service.downloads.download(asked, pattern_of(files or []))
+    hidden = gr.update(visible="hidden")
+    return [hidden, "", hidden, hidden, "", *job_updates(service)]
 
 
 def _acted(service: Service, action: Callable[[str], Any], place: int, keys: list[str]) -> list[Any]:
@@ -82,13 +82,13 @@ def _cleared(service: Service) -> list[Any]:
     return job_updates(service)
 
 
-def _synced(service: Service, model: str | None, done: int) -> list[Any]:
+def _synced(service: Service, done: int) -> list[Any]:
     """The downloads as they are; and the menu, when one of them has brought a model."""
     ended = sum(1 for job in service.downloads.queue.jobs() if not job.state.is_open)
     menu = gr.skip()
     if ended != done:
         choices = model_choices(service)
-        menu = gr.update(choices=labelled(service, choices), value=model)
+        menu = gr.update(choices=labelled(service, choices))
     return [menu, ended, *job_updates(service)]
 
 
@@ -121,9 +121,8 @@ def wire(card: DownloadCard, service: Service, model: gr.Dropdown) -> None:
     chosen.then(**judge)
     card.files.input(**judge)
     jobs = len(card.follows_jobs)
-    card.download.click(
-        guarded(jobs, partial(_downloaded, service)), [card.asked, card.files], card.follows_jobs, **QUIET
-    )
+    both = [*card.follows_look, *card.follows_jobs]
+    card.download.click(guarded(len(both), partial(_downloaded, service)), [card.asked, card.files], both, **QUIET)
     queue = service.downloads.queue
     for place, slot in enumerate(card.slots):
         for button, action in ((slot.pause, queue.pause), (slot.resume, queue.resume), (slot.cancel, queue.cancel)):
@@ -131,7 +130,7 @@ def wire(card: DownloadCard, service: Service, model: gr.Dropdown) -> None:
             button.click(act, card.keys, card.follows_jobs, **QUIET)
     card.clear.click(guarded(jobs, partial(_cleared, service)), None, card.follows_jobs, **QUIET)
     synced = partial(_synced, service)
-    card.sync.click(synced, [model, card.done], [model, card.done, *card.follows_jobs], queue=False, **QUIET)
+    card.sync.click(synced, card.done, [model, card.done, *card.follows_jobs], queue=False, **QUIET)
     _wire_token(card, service)
 
 

@@ -81,7 +81,7 @@ def build() -> DownloadCard:
                 label="Model or LoRA on the Hub", placeholder="user/model:branch, an address, or words to search",
                 elem_id="hub-ask", scale=5, min_width=200, max_lines=1,
             )  # fmt: skip
-            look = gr.Button("🔍 Look", elem_id="hub-look", scale=0, min_width=80)
+            look = gr.Button("Look", elem_id="hub-look", scale=0, min_width=80)
         with gr.Accordion("Narrow the search", open=False, elem_id="hub-narrow"), gr.Row():
             task = _menu("Task", TASKS, "text-generation", "hub-task")
             size = _menu("Parameters", SIZES, "", "hub-size")

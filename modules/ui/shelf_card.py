@@ -1,0 +1,165 @@
+"""The models on this disk, on the Session tab: sizes, where they are from, verify, repair, update, delete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from modules.hub.keeping import Duplicate, Verified
+from modules.service import Service
+from modules.service.shelf import Kept
+from modules.ui.common import QUIET, guarded, small, table
+from modules.units import format_bytes
+
+
+@dataclass(frozen=True)
+class ShelfCard:
+    content: gr.HTML
+    model: gr.Dropdown
+    favourite: gr.Button
+    verify: gr.Button
+    repair: gr.Button
+    newer: gr.Button
+    update: gr.Button
+    delete: gr.Button
+    sure: gr.Row
+    yes: gr.Button
+    no: gr.Button
+    same: gr.Button
+    line: gr.HTML
+
+
+def build(service: Service, tab: gr.Tab) -> None:
+    """Lay out and wire it; its content is made when ``tab`` is opened, and after each change."""
+    card = _lay_out()
+    lists, line = [card.content, card.model], card.line
+    shown = partial(_shown, service)
+    tab.select(shown, card.model, lists, **QUIET)
+    model: dict[str, Any] = {"inputs": card.model, "show_progress": "minimal", "api_visibility": "private"}
+    for button, say in (
+        (card.verify, _verified), (card.repair, _repaired), (card.newer, _newer), (card.update, _updated),
+    ):  # fmt: skip
+        button.click(_on_a_model(partial(say, service)), outputs=line, **model)
+    card.favourite.click(guarded(2, partial(_favoured, service)), card.model, lists, **QUIET)
+    card.same.click(guarded(1, partial(_same, service)), None, line, show_progress="minimal", api_visibility="private")
+    asked = [card.sure, card.yes]
+    card.delete.click(guarded(2, partial(_ask, service)), card.model, asked, **QUIET)
+    card.no.click(lambda: gr.update(visible=False), None, card.sure, **QUIET)
+    deleted = guarded(4, partial(_deleted, service))
+    card.yes.click(deleted, card.model, [*lists, card.sure, line], **QUIET)
+
+
+def _lay_out() -> ShelfCard:
+    def button(text: str, name: str, **more: Any) -> gr.Button:
+        return gr.Button(text, size="sm", min_width=80, elem_id=f"shelf-{name}", **more)
+
+    gr.HTML("<h3>Models on this disk</h3>", padding=False)
+    content = gr.HTML(elem_id="shelf", padding=False)
+    with gr.Row(equal_height=True):
+        model = gr.Dropdown(choices=[], label="Model", elem_id="shelf-model", scale=4, min_width=200)
+    with gr.Row(elem_id="shelf-buttons"):
+        favourite, verify = button("★ Favourite", "favourite"), button("Verify", "verify")
+        repair, newer = button("Repair", "repair"), button("Look for an update", "newer")
+        update, delete = button("Update", "update"), button("Delete …", "delete")
+        same = button("Find duplicates", "same")
+    with gr.Row(visible=False, elem_id="shelf-sure") as sure:
+        yes = button("Delete it", "yes", variant="stop")
+        no = button("Keep it", "no")
+    line = gr.HTML(elem_id="shelf-line", padding=False)
+    return ShelfCard(
+        content, model, favourite, verify, repair, newer, update, delete, sure, yes, no, same, line
+    )  # fmt: skip
+
+
+def _on_a_model(say: Callable[[str], str]) -> Callable[..., Any]:
+    """``say`` of the chosen model, where one is chosen."""
+
+    def run(name: str | None) -> Any:
+        return say(name) if name else small("Choose a model first.")
+
+    return guarded(1, run)
+
+
+def _shown(service: Service, chosen: str | None) -> list[Any]:
+    kept = service.shelf.kept()
+    names = [one.name for one in kept]
+    return [shelf_html(kept), gr.update(choices=names, value=chosen if chosen in names else None)]
+
+
+def shelf_html(kept: list[Kept]) -> str:
+    """A table of the models, with what all of them take."""
+    if not kept:
+        return small("No models yet.")
+    rows = [(f"★ {one.name}" if one.favourite else one.name, _described(one)) for one in kept]
+    return table(rows) + small(f"{len(kept)} models, {format_bytes(sum(one.size_bytes for one in kept))}")
+
+
+def _described(one: Kept) -> str:
+    used = f"used {time.strftime('%Y-%m-%d', time.localtime(one.used))}" if one.used else "never used here"
+    return " · ".join(part for part in (format_bytes(one.size_bytes), used, one.source, str(one.path)) if part)
+
+
+def _verified(service: Service, name: str) -> str:
+    return verified_html(name, service.shelf.verify(name))
+
+
+def verified_html(name: str, found: Verified) -> str:
+    """Whether all is well, or what is not."""
+    if not found.broken:
+        size = format_bytes(found.checked_bytes)
+        return f'<div class="ok">{escape(name)}: all {found.checked} files are what the Hub has ({size} read).</div>'
+    head = f'<div class="bad">{escape(name)}: {len(found.broken)} of {found.checked} files are broken. Repair it.</div>'
+    return head + table(found.broken.items())
+
+
+def _repaired(service: Service, name: str) -> str:
+    job = service.shelf.repair(name)
+    return small(f"{job.order.name} is being checked and repaired; see the downloads on the Model tab.")
+
+
+def _newer(service: Service, name: str) -> str:
+    commit = service.shelf.newer_commit(name)
+    return small(f"Update available: commit {commit[:10]}." if commit else f"{name} is up to date.")
+
+
+def _updated(service: Service, name: str) -> str:
+    job = service.shelf.update(name)
+    return small(f"{job.order.name} is being updated; see the downloads on the Model tab.")
+
+
+def _favoured(service: Service, name: str | None) -> list[Any]:
+    if name:
+        service.shelf.favourite(name, name not in service.shelf.marks.favourites())
+    return _shown(service, name)
+
+
+def _ask(service: Service, name: str | None) -> list[Any]:
+    size = next((one.size_bytes for one in service.shelf.kept() if one.name == name), 0)
+    words = f"Delete {name} and its {format_bytes(size)}" if name else ""
+    return [gr.update(visible=bool(name)), gr.update(value=words)]
+
+
+def _deleted(service: Service, name: str | None) -> list[Any]:
+    if not name:
+        return [gr.skip()] * 4
+    size = service.shelf.delete(name)
+    return [*_shown(service, None), gr.update(visible=False), small(f"{name} is deleted: {format_bytes(size)} freed.")]
+
+
+def _same(service: Service) -> str:
+    return duplicates_html(service.shelf.duplicates())
+
+
+def duplicates_html(found: list[Duplicate]) -> str:
+    """Files of equal content, and what they take too much."""
+    if not found:
+        return small("No two models hold the same weights.")
+    rows = [(format_bytes(one.size_bytes), ", ".join(one.names)) for one in found]
+    extra = sum(one.size_bytes * (len(one.names) - 1) for one in found)
+    return small(f"The same weights lie here more than once: {format_bytes(extra)} could be freed.") + table(rows)
