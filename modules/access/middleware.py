@@ -48,7 +48,7 @@ class AccessMiddleware:
         *,
         subpath: str = "",
     ) -> None:
-        self._applications = applications
+        self.applications = applications
         self._credentials = credentials or Credentials(())
         self._hosts = hosts or Hosts()
         self._subpath = "/" + subpath.strip("/") if subpath.strip("/") else ""
@@ -57,7 +57,7 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            await self._applications[Role.ADMIN](scope, receive, send)
+            await self.applications[Role.ADMIN](scope, receive, send)
             return
         inner = self._inner(scope["path"])
         if self._subpath:
@@ -100,7 +100,7 @@ class AccessMiddleware:
         if path == "/logout" and method == "POST":
             return self._logout(scope, headers)
         if f"{method} {path}" in OPEN_ROUTES:
-            return self._applications[Role.ADMIN]
+            return self.applications[Role.ADMIN]
         try:
             role = self._role(headers, _client(scope))
         except LoginRequired:
@@ -112,7 +112,7 @@ class AccessMiddleware:
                 f"{method} {path} is the administrator's.",
                 "Log in as an administrator, or send the key of --admin-key.",
             )
-        return self._applications.get(role, self._applications[Role.ADMIN])
+        return self.applications.get(role, self.applications[Role.ADMIN])
 
     def _role(self, headers: Headers, client: str) -> Role:
         """Who asks. Raises LoginRequired and TooManyAttempts."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from modules.access import LOCAL_NAMES, host_name, refusal
+from modules.access import LOCAL_NAMES, Hosts, host_name, machine_addresses, machine_names, refusal
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,25 @@ def test_no_host_but_the_servers_own_is_served(host: str) -> None:
     assert error is None or error.kind == "access_refused"
     if error is None:
         assert host_name(host) in LOCAL_NAMES
+
+
+def test_what_a_proxy_forwards_counts_beside_what_it_sends() -> None:
+    hosts = Hosts({*LOCAL_NAMES, "llm.example.org"})
+    forwarded = {"host": "127.0.0.1:7860", "x-forwarded-host": "llm.example.org", "x-forwarded-proto": "https"}
+    for origin in ("https://llm.example.org", "http://127.0.0.1:7860"):
+        assert refusal(Headers({**forwarded, "origin": origin}), "http", hosts) is None
+    assert refusal(Headers({**forwarded, "origin": "https://evil.example"}), "http", hosts) is not None
+    assert refusal(Headers({**forwarded, "x-forwarded-host": "evil.example"}), "http", hosts) is not None
+    # A page that reached this server under a name of its own can send any header, but not another Host.
+    assert refusal(Headers({**forwarded, "host": "evil.example"}), "http", hosts) is not None
+
+
+def test_who_listens_goes_by_the_machines_names_and_addresses() -> None:
+    names = [*machine_names(), *machine_addresses()]
+    assert machine_names()
+    assert all(Hosts(listening=True).known(name) for name in names)
+    assert not any(Hosts().known(name) for name in names if name not in LOCAL_NAMES)
+    assert not Hosts(listening=True).known("evil.example")
+    hosts = Hosts()
+    hosts.add("abc.tunnel.example")
+    assert hosts.known("abc.tunnel.example")

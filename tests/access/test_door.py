@@ -1,0 +1,222 @@
+"""Every route of page and API behind the one door: nobody, a guest, an administrator."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.routing import BaseRoute, Mount, Route
+
+from modules import web
+from modules.access import MOST_BYTES, AccessMiddleware, Role
+from modules.access.rules import GUEST_ROUTES, OPEN_ROUTES, guest_may
+from modules.options import ServerOptions
+from tests.services import services
+
+PAGE = {"accept": "text/html,*/*"}
+SERVER = ServerOptions(gradio_auth=("root:one",), guest_auth=("gast:drei",), api_key="guest-key", admin_key="admin-key")
+KEYS = {Role.ADMIN: {"authorization": "Bearer admin-key"}, Role.GUEST: {"authorization": "Bearer guest-key"}}
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[AccessMiddleware]:
+    with services(tmp_path_factory.mktemp("home"), demo_model) as make:
+        yield web.application(make(), web.open_door(SERVER))
+
+
+@pytest.fixture
+def client(door: AccessMiddleware) -> Iterator[TestClient]:
+    with fresh(door) as one:
+        yield one
+
+
+def fresh(door: AccessMiddleware) -> TestClient:
+    return TestClient(door, base_url="http://127.0.0.1", raise_server_exceptions=False, follow_redirects=False)
+
+
+def routes(found: list[BaseRoute], before: str = "") -> Iterator[tuple[str, str]]:
+    """(method, path with something in its place for each parameter) of every route."""
+    for route in found:
+        path = before + str(getattr(route, "path", ""))
+        if isinstance(route, Mount):
+            yield from routes(list(route.routes), path)
+        elif isinstance(route, Route) or hasattr(route, "methods"):
+            for method in sorted(route.methods or {"GET"}):  # type: ignore[union-attr]
+                yield method, re.sub(r"\{[^}]*\}", "x", path)
+        elif inner := getattr(getattr(route, "original_router", None), "routes", None):
+            yield from routes(list(inner), before + route.include_context.prefix)  # type: ignore[attr-defined]
+
+
+def every(door: AccessMiddleware) -> set[tuple[str, str]]:
+    app: Any = door.applications[Role.ADMIN]
+    return {(method, path or "/") for method, path in routes(app.routes)}
+
+
+def test_no_route_answers_nobody(door: AccessMiddleware, client: TestClient) -> None:
+    found = every(door)
+    assert {("POST", "/v1/chat/completions"), ("POST", "/v1/internal/model/load"), ("GET", "/config"),
+            ("POST", "/gradio_api/queue/join"), ("GET", "/gradio_api/file=x"), ("GET", "/")} <= found  # fmt: skip
+    for method, path in [*found, ("GET", "/nowhere"), ("PUT", "/"), ("OPTIONS", "/v1/models")]:
+        answer = client.request(method, path)
+        if f"{method} {path}" in OPEN_ROUTES:
+            assert answer.status_code == (401 if method == "POST" else 200), path  # a login without a password
+        else:
+            assert answer.status_code == (303 if path == "/logout" and method == "POST" else 401), (method, path)
+            assert path == "/logout" or method == "HEAD" or answer.json()["error"]["kind"] == "login_required"
+
+
+def test_a_guest_is_refused_what_is_not_listed(door: AccessMiddleware, client: TestClient) -> None:
+    refused = {(method, path) for method, path in every(door) if not guest_may(method, path)}
+    refused -= {(method, path) for method, path in refused if path in ("/login", "/login/", "/logout", "/healthz")}
+    assert {("POST", "/v1/internal/model/load"), ("POST", "/v1/internal/model/unload"),
+            ("POST", "/v1/internal/model/plan"), ("GET", "/gradio_api/file=x"), ("POST", "/gradio_api/upload"),
+            ("GET", "/gradio_api/proxy=x")} <= refused  # fmt: skip
+    for method, path in refused:
+        answer = client.request(method, path, headers=KEYS[Role.GUEST])
+        assert answer.status_code == 403, (method, path)
+    for path in ("//gradio_api/queue/join", "/gradio_api/call/../upload", "/assets/..\\x", "/V1/models"):
+        assert not guest_may("POST", path)
+
+
+def test_what_guests_may_is_there(door: AccessMiddleware) -> None:
+    """A route that was renamed must not leave a line behind that opens something else one day."""
+    found = {f"{method} {path}" for method, path in every(door)}
+    for rule in GUEST_ROUTES:
+        known = any(route == rule or (rule.endswith("*") and route.startswith(rule[:-1])) for route in found)
+        assert known, rule
+
+
+def test_an_administrator_may_all_and_a_guest_reads(client: TestClient) -> None:
+    for role, headers in KEYS.items():
+        assert client.get("/v1/internal/model/info", headers=headers).status_code == 200
+        listed = client.get("/v1/models", headers=headers).json()["data"]
+        assert [one["id"] for one in listed] == ["demo"]
+        unloaded = client.post("/v1/internal/model/unload", headers=headers)
+        assert unloaded.status_code == (200 if role is Role.ADMIN else 403)
+
+
+def functions(door: AccessMiddleware, role: Role) -> dict[int, Any]:
+    """The functions of a role's page, by their numbers."""
+    app: Any = door.applications[role]
+    gradio = next(route.app for route in app.routes if isinstance(route, Mount))
+    return dict(gradio.get_blocks().fns)
+
+
+def test_a_guests_page_has_no_function_but_those_of_the_chat(door: AccessMiddleware, client: TestClient) -> None:
+    guests, every_one = functions(door, Role.GUEST), functions(door, Role.ADMIN)
+    rooms = {function.fn.__module__ for function in guests.values() if function.fn is not None}
+    assert {room for room in rooms if room.startswith("modules.")} <= {
+        "modules.ui.guest", "modules.ui.chat_tab", "modules.ui.chat_loras",
+    }  # fmt: skip
+    assert {"modules.ui.model_actions"} <= {f.fn.__module__ for f in every_one.values() if f.fn is not None}
+    page = client.get("/config", headers=KEYS[Role.GUEST]).text.replace(" ", "")
+    assert '"elem_id":"message"' in page
+    for control in ("load", "unload", "model", "session", "sync-loras"):
+        assert f'"elem_id":"{control}"' not in page
+
+
+def test_a_guest_cannot_call_the_administrators_functions(door: AccessMiddleware, client: TestClient) -> None:
+    """Through every way that Gradio has of calling one: by number, by name, through the queue."""
+    guests, every_one = functions(door, Role.GUEST), functions(door, Role.ADMIN)
+    names = {function.api_name for function in guests.values()}
+    others = {number: function for number, function in every_one.items() if number not in guests}
+    assert others
+    for number, function in others.items():
+        body = {"data": [], "fn_index": number, "session_hash": "abc"}
+        ways = ["queue/join", "run/predict", "api/predict"]
+        if function.api_name and function.api_name not in names:
+            ways += [f"{way}/{function.api_name}" for way in ("run", "api", "call", "call/v2")]
+        for way in ways:
+            answer = client.post(f"/gradio_api/{way}", json=body, headers=KEYS[Role.GUEST])
+            assert answer.status_code >= 400, (way, number, function.api_name)
+
+
+@pytest.mark.parametrize(
+    ("user", "password", "guest"), [("root", "one", False), ("gast", "drei", True), ("", "admin-key", False)]
+)
+def test_logging_in_and_out(client: TestClient, user: str, password: str, guest: bool) -> None:
+    answer = client.get("/", headers=PAGE)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/login")
+    shown = client.get("/login").text
+    assert 'name="password"' in shown
+    wrong = client.post("/login", data={"user": user, "password": password + "x"})
+    assert (wrong.status_code, "That is not right." in wrong.text) == (401, True)
+    answer = client.post("/login", data={"user": user, "password": password})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    assert client.get("/", headers=PAGE).status_code == 200
+    assert client.post("/v1/internal/model/unload").status_code == (403 if guest else 200)
+    assert client.get("/v1/models", headers={"authorization": "Bearer nonsense"}).status_code == 401
+    cookie = client.cookies["loadstone-login"]
+    client.post("/logout")
+    assert client.get("/v1/models", headers={"cookie": f"loadstone-login={cookie}"}).status_code == 401
+
+
+def test_guessing_is_slowed_down_for_the_right_password_too(demo_model: Path, tmp_path: Path) -> None:
+    with services(tmp_path, demo_model) as make, fresh(web.application(make(), web.open_door(SERVER))) as client:
+        statuses = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}).status_code for n in range(5)]
+        assert statuses == [401, 401, 401, 429, 429]
+        assert client.get("/v1/models", headers=KEYS[Role.GUEST]).status_code == 429
+        page = client.post("/login", data={"user": "root", "password": "one"})
+        assert (page.status_code, "Try again in" in page.text) == (429, True)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://evil.example", "content-type": "text/plain"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+        {"x-forwarded-host": "evil.example"},
+    ],
+)
+def test_pages_of_elsewhere_are_refused_with_a_key_too(client: TestClient, headers: dict[str, str]) -> None:
+    answer = client.post("/v1/internal/model/unload", headers={**KEYS[Role.ADMIN], **headers})
+    assert (answer.status_code, answer.json()["error"]["kind"]) == (403, "access_refused")
+    assert client.post("/login", data={"user": "root", "password": "one"}, headers=headers).status_code == 403
+
+
+def test_every_answer_has_the_security_headers(client: TestClient) -> None:
+    for path in ("/login", "/v1/models", "/nowhere"):
+        headers = client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "frame-ancestors 'self'" in headers["content-security-policy"]
+
+
+def test_a_body_that_is_too_long_is_not_read(client: TestClient) -> None:
+    headers = {**KEYS[Role.ADMIN], "content-type": "application/json"}
+    answer = client.post("/v1/chat/completions", content=b" " * (MOST_BYTES + 1), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["kind"]) == (413, "request_too_large")
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(MOST_BYTES // 2**20 + 1):
+            yield b" " * 2**20
+
+    assert client.post("/v1/chat/completions", content=endless(), headers=headers).status_code in (400, 413)
+    assert client.post("/login", content=b"password=" + b"x" * 10_000).status_code == 413
+
+
+def test_behind_a_proxy_under_a_path(demo_model: Path, tmp_path: Path) -> None:
+    """Whether the proxy takes the path away or not."""
+    server = ServerOptions(gradio_auth=("root:one",), subpath="llm/", allowed_host=("llm.example.org",))
+    forwarded = {"x-forwarded-host": "llm.example.org", "x-forwarded-proto": "https"}
+    with services(tmp_path, demo_model) as make, fresh(web.application(make(), web.open_door(server))) as client:
+        for before in ("", "/llm"):
+            answer = client.get(f"{before}/", headers={**PAGE, **forwarded})
+            assert answer.headers["location"] == "/llm/login"
+            body = {"user": "root", "password": "one"}
+            headers = {**forwarded, "origin": "https://llm.example.org"}
+            answer = client.post(f"{before}/login", data=body, headers=headers)
+            assert answer.headers["location"] == "/llm/"
+            assert "Path=/llm/" in answer.headers["set-cookie"]
+            assert "Secure" in answer.headers["set-cookie"]
+            cookie = {"cookie": answer.headers["set-cookie"].split(";")[0]}
+            config = client.get(f"{before}/config", headers={**forwarded, **cookie}).json()
+            assert config["root"] == "https://llm.example.org/llm"
+            assert client.get(f"{before}/v1/models", headers={**forwarded, **cookie}).status_code == 200
+        assert client.get("/llmodels").status_code == 401
