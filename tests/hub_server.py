@@ -1,7 +1,8 @@
 """A Hub on localhost: the routes that huggingface_hub 2.4 calls, files with ranges, and faults on demand.
 
 Large files (``LFS_BYTES`` and more) are answered with a redirect to another port, the Hub's CDN. ``Hub.requests`` holds
-every request with its headers; ``Hub.faults`` what goes wrong next, by file name. Run as a program it serves one
+every request with its headers; ``Hub.faults`` what goes wrong next, by file name, or by
+the repository's for questions about it. Run as a program it serves one
 folder as ``user/model`` and prints its address.
 """
 
@@ -272,6 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
             query = urlsplit(self.path).query
             path = "/".join([self.hub.moved[name], *(quote(part, safe="") for part in view)])
             self._redirect(f"/api/models/{path}{'?' + query if query else ''}", 307)
+            return
+        if fault := self.hub.next_fault(name.rpartition("/")[2]).status:
+            self._error(fault, **{"Retry-After": "0"})
             return
         if (repo := self._repo(name)) is None:
             return

@@ -50,8 +50,10 @@ def explained(error: Exception, asked: Asked) -> LoadstoneError:
 def is_temporary(error: Exception) -> bool:
     """Whether the same request may go well a moment later: the network failed, or the Hub is busy."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code in _AGAIN
     return isinstance(error, httpx2.TransportError | httpx2.DecodingError | TimeoutError | ConnectionError)

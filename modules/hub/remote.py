@@ -165,7 +165,8 @@ class Hub:
             try:
                 return _within(LIMIT_S, call, self.endpoint)
             except Exception as error:
-                wait = retry_after_s(error) or float(attempt)
+                asked_wait = retry_after_s(error)
+                wait = float(attempt) if asked_wait is None else asked_wait
                 if not is_temporary(error) or attempt == TRIES or wait > _LONGEST_WAIT_S:
                     raise explained(error, asked) from None
                 time.sleep(wait)
