@@ -152,3 +152,20 @@ def _packed(matrix: Any) -> Any:
     columns = matrix.to(torch.int64).reshape(matrix.shape[0], -1, 8)
     total = sum(columns[:, :, column] << (4 * column) for column in range(8))
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def untrained(folder: Path, base: Path, kind: str = "LoraConfig", task: str = "causal", **config: Any) -> Path:
+    """An adapter with random weights for the small checkpoint at ``base``, saved by peft: it changes much, in no
+    direction. ``kind``: the name of peft's class; ``config`` goes to it, ``seed`` excepted."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto_class = AutoModelForCausalLM if task == "causal" else AutoModelForSeq2SeqLM
+    torch.manual_seed(config.pop("seed", 0))
+    init = "init_lora_weights" if kind == "LoraConfig" else "init_weights"
+    how = getattr(peft, kind)(**{"r": 4, init: False, "target_modules": ["q_proj", "down_proj"], **config})
+    adapted = peft.get_peft_model(auto_class.from_pretrained(base), how)
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
