@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from modules.errors import AdapterError, LoadstoneError
+from modules.errors import AdapterError, LoadstoneError, MissingPackage, OutOfMemory
 from modules.options.adapters import LEAST_WEIGHT, MOST_WEIGHT
 from modules.protocol import AdapterChoice, AdaptersReport, LoadOrder
 from modules.worker.adapters import files, fitting
@@ -195,7 +195,7 @@ class Adapters:
         if isinstance(error, LoadstoneError):
             return error
         known = translate(error, self._order)
-        if known.kind != "load_failed":
+        if isinstance(known, OutOfMemory | MissingPackage):
             return known
         what = " ".join(str(error).split())[:300]
         return AdapterError(f"The LoRAs could not be applied: {type(error).__name__}: {what}", details=known.details)

@@ -18,6 +18,7 @@ from modules.errors import AdapterError, AdapterNotFound, BrokenCheckpoint
 from modules.protocol import AdapterChoice
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # of every tensor's name in the file; then it goes on as in the model
 KINDS = {PeftType.LORA: "LoRA", PeftType.LOHA: "LoHa", PeftType.LOKR: "LoKr"}  # those whose weight can be scaled
 # Ways to initialize that leave the base model alone; every other one starts from a changed copy of its weights.
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal"})

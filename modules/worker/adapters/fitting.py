@@ -11,9 +11,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from modules.errors import AdapterError, AdapterMismatch
 from modules.worker.adapters import packing
-from modules.worker.adapters.files import AdapterFiles
+from modules.worker.adapters.files import PREFIX, AdapterFiles
 
-_PREFIX = "base_model.model."
 # Which side of a LoRA's tensor is the module's: (dimension of the tensor, what it must be).
 _SIDES = {"lora_A": (1, "inputs"), "lora_B": (0, "outputs"), "lora_embedding_A": (1, "inputs"),
           "lora_embedding_B": (0, "outputs")}  # fmt: skip
@@ -48,7 +47,7 @@ def _trained_on(adapter: AdapterFiles) -> str:
 
 def _module_name(adapter: AdapterFiles, tensor: str) -> str | None:
     """The module that a tensor of the file belongs to; None for one that is no part of an adapter."""
-    name = tensor.removeprefix(_PREFIX)
+    name = tensor.removeprefix(PREFIX)
     module, found, _ = name.partition(f".{PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]}")
     if found:
         return module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from modules.errors import AdapterMismatch
 from modules.worker.adapters import packing
-from modules.worker.adapters.files import AdapterFiles
+from modules.worker.adapters.files import PREFIX, AdapterFiles
 
 
 class Wrapping:
@@ -48,8 +49,7 @@ class Wrapping:
         """
         before = dict(self._model.named_modules())
         try:
-            with packing.kept(self._model), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that there is a peft_config already: it is meant
+            with packing.kept(self._model), _quiet():
                 self._inject(adapter, key)
         except BaseException:
             self._take_back(before, key)
@@ -60,8 +60,9 @@ class Wrapping:
     def remove(self, key: str) -> None:
         """Forget an adapter and free its memory, with the layers in the model."""
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self._configs.pop(key).peft_type]
-        for wrapper in self._wrappers.values():
-            delete_adapter(wrapper, key, prefix)
+        with _quiet():
+            for wrapper in self._wrappers.values():
+                delete_adapter(wrapper, key, prefix)
 
     def activate(self, weights: Mapping[str, float]) -> None:
         """Let the adapters of these keys act, each times its weight, with the layers in the model."""
@@ -79,7 +80,9 @@ class Wrapping:
             inject_adapter_in_model(adapter.config, self._model, key, low_cpu_mem_usage=True)
             for layer in _tuner_layers(self._model):
                 _allocate(layer, key)
-            result = set_peft_model_state_dict(self._model, adapter.tensors(), adapter_name=key)
+            # Without the prefix that a PeftModel would have, which wrappers of whole modules do not expect here.
+            tensors = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors().items()}
+            result = set_peft_model_state_dict(self._model, tensors, adapter_name=key)
         finally:
             del self._model.peft_config
         _check_all_is_there(adapter, key, result, self._model)
@@ -97,8 +100,9 @@ class Wrapping:
         now = dict(self._model.named_modules())
         _put(self._model, {name: module for name, module in before.items() if name and now.get(name) is not module})
         self._configs.pop(key, None)
-        for layer in self._layers():
-            layer.delete_adapter(key)
+        with _quiet():
+            for layer in self._layers():
+                layer.delete_adapter(key)
 
     def _layers(self) -> Iterator[Any]:
         for wrapper in self._wrappers.values():
@@ -107,6 +111,14 @@ class Wrapping:
     def _tensors_of(self, key: str) -> Iterator[torch.Tensor]:
         for wrapper in self._wrappers.values():
             yield from (tensor for name, tensor in wrapper.named_parameters() if key in name.split("."))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without peft's warnings: that there is a peft_config already, that an adapter it thinks active is deleted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _put(model: Any, modules: Mapping[str, Any]) -> None:
