@@ -9,7 +9,17 @@ import gradio as gr
 from fastapi import FastAPI
 
 from modules.service import Service
-from modules.ui import cards, chat_tab, download_actions, guest, lora_actions, model_actions, model_tab, session_tab
+from modules.ui import (
+    cards,
+    chat_loras,
+    chat_tab,
+    download_actions,
+    guest,
+    lora_actions,
+    model_actions,
+    model_tab,
+    session_tab,
+)
 from modules.ui.answering import Stops
 from modules.ui.common import QUIET, top
 
@@ -25,7 +35,7 @@ def build(service: Service, *, login: bool = False) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Model", id="model"):
                 models = model_tab.build(service)
-            with gr.Tab("Chat", id="chat"):
+            with gr.Tab("Chat", id="chat") as talk:
                 chat = chat_tab.build(service)
             with gr.Tab("Session", id="session") as session:
                 session_tab.build(service, session)
@@ -34,6 +44,7 @@ def build(service: Service, *, login: bool = False) -> gr.Blocks:
         lora_actions.wire(models, service)
         chat_tab.wire(chat, service, Stops())
         chat_tab.wire_recall(page, chat, service)
+        chat_loras.follow([page.load, sync.click, talk.select], chat.loras, service)
         _follow_state(page, service, line, sync, models, chat)
     page.queue(default_concurrency_limit=16)
     return page

@@ -66,6 +66,7 @@ class Question:
     values: Mapping[str, Any]
     before: History
     text: str = ""
+    loras: list[str] | None = None  # the set to answer with; None: the active one
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -84,9 +85,10 @@ def plain(history: Sequence[Mapping[str, Any]] | None) -> History:
 def request(question: Question) -> dict[str, Any]:
     """What the service is asked: the messages, or all text so far to be continued."""
     if question.mode == COMPLETION:
-        return {"prompt": "".join([question.system, *(message["content"] for message in question.history)])}
+        prompt = "".join([question.system, *(message["content"] for message in question.history)])
+        return {"prompt": prompt, "loras": question.loras}
     front = [{"role": "system", "content": question.system}] if question.system.strip() else []
-    return {"messages": front + question.history}
+    return {"messages": front + question.history, "loras": question.loras}
 
 
 def working(history: History, *, text: Any = "") -> Updates:

@@ -13,6 +13,7 @@ from modules.errors import LoadstoneError
 from modules.options import GENERATION_OPTIONS, GenerationOptions
 from modules.service import Service
 from modules.supervisor import Snapshot
+from modules.ui import chat_loras
 from modules.ui.answering import (
     CHAT,
     COMPLETION,
@@ -48,11 +49,12 @@ class ChatTab:
     system: gr.Textbox
     fields: Mapping[str, gr.components.Component]
     line: gr.HTML
+    loras: chat_loras.ChatLoras
 
     @property
     def settings(self) -> list[Any]:
-        """The widgets whose values shape an answer: the mode, then those that the browser remembers."""
-        return [self.mode, *self.remembered]
+        """The widgets whose values shape an answer: the mode, the LoRAs, then those that the browser remembers."""
+        return [self.mode, self.loras.chosen, *self.remembered]
 
     @property
     def remembered(self) -> list[Any]:
@@ -67,11 +69,13 @@ def build(service: Service) -> ChatTab:
     """Lay out the tab."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=7, min_width=320):
-            chatbot = gr.Chatbot(
-                height="calc(100dvh - 330px)", min_height=260, editable="all", buttons=["copy", "copy_all"],
-                show_label=False, layout="bubble", elem_id="chatbot", feedback_options=None, sanitize_html=True,
-                placeholder="Nothing said yet.",
-            )  # fmt: skip
+            with gr.Row(elem_id="chatbots"):
+                chatbot = gr.Chatbot(
+                    height="calc(100dvh - 330px)", min_height=260, editable="all", buttons=["copy", "copy_all"],
+                    show_label=False, layout="bubble", elem_id="chatbot", feedback_options=None, sanitize_html=True,
+                    placeholder="Nothing said yet.",
+                )  # fmt: skip
+                other = chat_loras.build_other()
             line = gr.HTML(small(""), elem_id="chat-line", padding=False)
             text = gr.Textbox(
                 placeholder="Message · Enter sends, Shift+Enter makes a new line, Esc stops", label="Message",
@@ -85,9 +89,10 @@ def build(service: Service) -> ChatTab:
                 clear = gr.Button("New chat", elem_id="clear", min_width=80)
         with gr.Column(scale=3, min_width=260):
             mode = gr.Radio([CHAT, COMPLETION], value=CHAT, label="Mode", elem_id="mode", info=_MODE_HELP)
+            loras = chat_loras.build(other)
             system = gr.Textbox(label="System prompt", lines=3, max_lines=10, elem_id="system", placeholder="None")
             fields = _fields(service.generation_defaults())
-    return ChatTab(chatbot, text, send, stop, again, undo, clear, mode, system, fields, line)
+    return ChatTab(chatbot, text, send, stop, again, undo, clear, mode, system, fields, line, loras)
 
 
 def _fields(defaults: GenerationOptions) -> dict[str, gr.components.Component]:
@@ -119,9 +124,9 @@ def mode_update(snapshot: Snapshot) -> Any:
 
 def _question(tab: ChatTab, history: History, before: History, raw: Sequence[Any], text: str = "") -> Question:
     """Raises OptionError where a sampling value cannot be used."""
-    mode, system, *rest = raw
+    mode, loras, system, *rest = raw
     values = {name: option_value(GENERATION_OPTIONS[name], value) for name, value in zip(tab.fields, rest, strict=True)}
-    return Question(history, mode, system or "", values, before, text)
+    return Question(history, mode, system or "", values, before, text, chat_loras.set_of(loras))
 
 
 def _answered(history: History) -> History:
@@ -163,6 +168,7 @@ class Conversation:
     tab: ChatTab
     service: Service
     stops: Stops
+    comparison: chat_loras.Comparison
 
     def _ask(
         self, request: gr.Request, history: History, before: History, raw: Sequence[Any], text: str = ""
@@ -199,6 +205,16 @@ class Conversation:
         kept = [*before[:index], {"role": "user", "content": str(edit.value)}]
         yield from self._ask(request, kept, kept, raw)
 
+    def beside(self, request: gr.Request, beside: str, history: History, *raw: Any) -> Iterator[Updates]:
+        """The last question once more, with other LoRAs, beside its answer."""
+        answered = plain(history)
+        kept = _answered(answered)
+        if kept == answered:  # there was no answer
+            yield nothing()
+            return
+        question = _question(self.tab, kept, kept, raw)
+        yield from self.comparison.answer(str(request.session_hash), question, beside)
+
     def take_back(self, request: gr.Request, history: History, text: str) -> Updates:
         self.stops.drop(str(request.session_hash))
         kept, field = _take_back(history, text)
@@ -214,7 +230,8 @@ class Conversation:
 
 def wire(tab: ChatTab, service: Service, stops: Stops) -> None:
     """Connect the tab's widgets to the service."""
-    chat = Conversation(tab, service, stops)
+    comparison = chat_loras.Comparison(service, Stops())
+    chat = Conversation(tab, service, stops, comparison)
     asks: dict[str, Any] = {"outputs": tab.follows_answer, "concurrency_limit": None, **QUIET}
     inputs = [tab.chatbot, *tab.settings]
     ends = [
@@ -226,6 +243,10 @@ def wire(tab: ChatTab, service: Service, stops: Stops) -> None:
     ]
     for end in ends:
         end.then(None, tab.chatbot, None, js=_KEEP)
+    again: dict[str, Any] = {**asks, "outputs": [tab.loras.other, *tab.follows_answer[1:]]}
+    for end in ends[:3]:
+        end.then(chat.beside, [tab.loras.beside, *inputs], **again)
+    chat_loras.wire(tab.loras, tab.chatbot, [tab.clear.click, tab.chatbot.clear], tab.stop, comparison)
     tab.stop.click(chat.stop, None, None, queue=False, **QUIET)
     keep = f"(...values) => {{ {_usual(tab, service)} {_REMEMBER} }}"
     gr.on(edits(tab.remembered), None, tab.remembered, None, js=keep, trigger_mode="multiple", **QUIET)

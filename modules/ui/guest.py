@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from modules.service import Service
-from modules.ui import cards, chat_tab
+from modules.ui import cards, chat_loras, chat_tab
 from modules.ui.answering import Stops
 from modules.ui.common import QUIET, top
 
@@ -24,6 +24,7 @@ def build(service: Service, title: str) -> gr.Blocks:
             chat = chat_tab.build(service)
         chat_tab.wire(chat, service, Stops())
         chat_tab.wire_recall(page, chat, service)
+        chat_loras.follow([page.load, sync.click], chat.loras, service)
         _follow_state(page, service, line, sync, chat)
     page.queue(default_concurrency_limit=16)
     return page
