@@ -386,8 +386,9 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[: fault.flip] + bytes([data[fault.flip] ^ 1]) + data[fault.flip + 1 :]
         limits = [limit for limit in (fault.cut, fault.stall) if limit >= 0]
         stop = min([end, *(start + limit for limit in limits)])
-        for at in range(start, stop, 16384):
-            piece = data[at : min(stop, at + 16384)]
+        step = max(16384, int(self.hub.bytes_per_second / 200))
+        for at in range(start, stop, step):
+            piece = data[at : min(stop, at + step)]
             self.hub.pace(len(piece))
             self.wfile.write(piece)
             self.record.sent += len(piece)

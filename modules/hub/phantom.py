@@ -18,6 +18,7 @@ _GGUF_BYTES = 12 << 20  # a GGUF header holds the vocabulary
 _MOST_HEADER_BYTES = 100 << 20
 _SMALL_BYTES = 1 << 20  # a configuration is fetched whole up to this size
 _PICKLE_BYTES = 64
+_ZIP_END_BYTES = 66_000  # holds the end of a ZIP archive's directory, with the longest comment
 _AT_ONCE = 8
 
 
@@ -30,6 +31,10 @@ def phantom(hub: Hub, repository: Repository, files: Sequence[RemoteFile], folde
         with path.open("wb") as stream:
             stream.write(_beginning(hub, repository, file))
             stream.truncate(file.size)  # sparse: it takes no space
+            if file.name.endswith(".bin") and file.size > _PICKLE_BYTES:  # a ZIP archive's directory is at its end
+                end = min(file.size - _PICKLE_BYTES, _ZIP_END_BYTES)
+                stream.seek(file.size - end)
+                stream.write(hub.bytes_of(repository, file.name, file.size - end, file.size))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(put, files))

@@ -136,7 +136,7 @@ def test_search_by_words_task_and_order(hub: Hub) -> None:
 def test_bytes_of_a_file_by_range(hub: Hub) -> None:
     remote = Remote(hub.url)
     repository = remote.repository(parse("user/model"))
-    whole = bytes(hub.repos["user/model"].branches["main"]["model.safetensors"])  # type: ignore[arg-type]
+    whole = bytes(hub.repos["user/model"].branches["main"]["model.safetensors"])
     assert remote.bytes_of(repository, "model.safetensors", 8, 300) == whole[8:300]
     assert hub.sent_bytes("model.safetensors") == 292
 

@@ -1,0 +1,111 @@
+"""Models that are here: verified against what the Hub said, deleted at once, marked, compared."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from modules.hub import keeping
+from modules.hub.keeping import Marks
+from modules.hub.placing import read_record
+from modules.hub.running import run
+from tests.hub.test_running import QUICK, offered
+from tests.hub_models import order_for, tiny_files, weights
+from tests.hub_server import Hub
+
+
+@pytest.fixture
+def model(hub: Hub, tmp_path: Path) -> Path:
+    """A downloaded model."""
+    order = order_for(hub, tmp_path)
+    run(order, lambda stage, done: None, QUICK)
+    return Path(order.target)
+
+
+def test_every_kind_of_damage_is_found_and_named(model: Path) -> None:
+    record = read_record(model)
+    assert record is not None
+    assert keeping.verify(model, record.files.values()).broken == {}
+    (model / "config.json").unlink()
+    (model / "tokenizer.json").write_bytes(b"short")
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[1000] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    found = keeping.verify(model, record.files.values())
+    assert found.checked == 5
+    assert found.broken == {
+        "config.json": "missing",
+        "tokenizer.json": "5 bytes, not 5,002",
+        "model.safetensors": "another content",
+    }
+
+
+def test_a_deleted_model_is_offered_no_more_and_leaves_nothing(model: Path) -> None:
+    root = model.parent
+    assert keeping.size_of(model) > len(weights())
+    keeping.remove(model, root)
+    assert offered(root) == []
+    assert not model.exists()
+    assert not list((root / ".cache" / "removed").iterdir())
+
+
+def test_of_a_link_only_the_link_goes(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "roots"
+    other.mkdir()
+    (other / "linked").symlink_to(model, target_is_directory=True)
+    keeping.remove(other / "linked", other)
+    assert not (other / "linked").is_symlink()
+    assert (model / "config.json").is_file()
+
+
+def test_the_last_gguf_file_takes_its_folder_along(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["user/model"].branches["main"] = {"a.gguf": b"GGUF" + bytes(5000), "b.gguf": b"GGUF" * 2000}
+    for name in ("a.gguf", "b.gguf"):
+        run(order_for(hub, tmp_path, pattern=name), lambda stage, done: None, QUICK)
+    folder = tmp_path / "user_model"
+    keeping.remove(folder / "a.gguf", tmp_path)
+    record = read_record(folder)
+    assert record is not None
+    assert set(record.files) == {"b.gguf"}
+    keeping.remove(folder / "b.gguf", tmp_path)
+    assert not folder.exists()
+
+
+def test_duplicates_are_named_and_links_are_none(model: Path, tmp_path: Path) -> None:
+    copy, linked, other = (tmp_path / name for name in ("copy", "linked", "other"))
+    for folder in (copy, linked, other):
+        folder.mkdir()
+    (copy / "model.safetensors").write_bytes(weights())
+    os.link(model / "model.safetensors", linked / "model.safetensors")
+    (other / "model.safetensors").write_bytes(weights(seed=7))
+    models = {path.name: path for path in (model, copy, other)}
+    [same] = keeping.duplicates(models)
+    assert same.names == ("copy/model.safetensors", "user_model/model.safetensors")
+    assert same.size_bytes == len(weights())
+    assert keeping.duplicates({"user_model": model, "linked": linked}) == []
+
+
+def test_what_the_record_says_is_not_read_again(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.repos["user/model"].branches["twin"] = {**tiny_files(), "README.md": b"another"}
+    twin = order_for(hub, tmp_path, "user/model:twin")
+    run(twin, lambda stage, done: None, QUICK)
+    weights_file = Path(twin.target, "model.safetensors")
+    weights_file.write_bytes(bytes(len(weights())))  # which nobody looks at: the record tells the hash
+    assert len(keeping.duplicates({"a": model, "b": Path(twin.target)})) == 1
+
+
+def test_marks_are_kept(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / ".cache" / "library.json")
+    marks.set_favourite("b", True)
+    marks.set_favourite("a", True)
+    marks.set_favourite("b", False)
+    marks.used("c", 1000.4)
+    again = Marks(tmp_path / ".cache" / "library.json")
+    assert again.favourites() == {"a"}
+    assert again.last_used() == {"c": 1000.0}
+    again.forget("c")
+    assert again.last_used() == {}
+    (tmp_path / ".cache" / "library.json").write_text("[")
+    assert again.favourites() == frozenset()

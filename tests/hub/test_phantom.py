@@ -1,0 +1,42 @@
+"""What can be known of a model before its first byte of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modules.hub import Hub as Remote
+from modules.hub import choose, parse
+from modules.hub.phantom import phantom
+from modules.library import Model
+from modules.library.facts import read_facts
+from tests import checkpoints
+from tests.hub_server import Hub, Repo, folder_files
+
+
+@pytest.mark.parametrize("kind", ["sharded", "pytorch", "gguf"])
+def test_the_facts_are_those_of_the_whole_model(hub: Hub, tmp_path: Path, kind: str) -> None:
+    if kind == "gguf":
+        source = checkpoints.gguf_file()
+        hub.repos["user/real"] = Repo({"main": {source.name: source}})
+        real = Model("real", source, source.parent, "gguf")
+    else:
+        source = getattr(checkpoints, kind)()
+        files = folder_files(source)
+        if kind == "pytorch":
+            files.pop("model.safetensors", None)
+        hub.repos["user/real"] = Repo({"main": files})
+        real = Model("real", source, source.parent, "safetensors" if kind == "sharded" else "pytorch")
+    remote = Remote(hub.url)
+    repository = remote.repository(parse("user/real"))
+    choice = choose(repository.name, repository.files)
+    folder = tmp_path / "phantom"
+    phantom(remote, repository, choice.wanted, folder)
+    path = folder / source.name if kind == "gguf" else folder
+    known, true = read_facts(Model("real", path, folder, real.file_format)), read_facts(real)
+    for name in ("architecture", "parameters", "dtype", "quantization_detail", "size_bytes", "context_tokens", "layers",
+                 "tensors"):  # fmt: skip
+        assert getattr(known, name) == getattr(true, name), name
+    assert hub.sent_bytes() < max(0.2 * choice.size_bytes, 600_000)
+    assert sum(file.stat().st_blocks * 512 for file in folder.rglob("*")) < max(0.2 * choice.size_bytes, 600_000)

@@ -1,0 +1,217 @@
+"""Downloads as the service offers them: looked at, checked, judged by the plan, put where they belong, kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from modules import api
+from modules.errors import DiskFull, ModelInUse, NotOnHub, UserError
+from modules.hub import JobState
+from modules.service import Service
+from modules.service.downloads import fits_roughly
+from tests.conftest import wait_until
+from tests.hub.conftest import hub, online  # noqa: F401 (fixtures)
+from tests.hub_models import config, names_in, tiny_files, weights
+from tests.hub_server import Fault, Hub, Repo
+from tests.services import MACHINE, services
+
+LORA = {
+    "adapter_config.json": b'{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": weights(1),
+    "README.md": b"x", "adapter_model.bin": b"y" * 5000,
+}  # fmt: skip
+
+
+@pytest.fixture
+def service(hub: Hub, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:  # noqa: F811
+    """A service whose Hub is the one on localhost."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with services(tmp_path, demo_model) as make:
+        made = make()
+        made.downloads.queue.start()
+        yield made
+        made.downloads.close()
+
+
+def brought(service: Service, text: str, pattern: str = "") -> Path:
+    """The folder of what was downloaded."""
+    job = service.downloads.queue.wait_for(service.downloads.download(text, pattern).key)
+    assert job.state is JobState.DONE, job.error
+    return Path(job.order.target)
+
+
+def test_a_model_goes_to_models_a_lora_to_loras(service: Service, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+    hub.repos["user/lora"] = Repo({"main": dict(LORA)})
+    assert brought(service, "user/model") == tmp_path / "models" / "user_model"
+    assert brought(service, f"{hub.url}/user/lora") == tmp_path / "loras" / "user_lora"
+    assert names_in(tmp_path / "loras" / "user_lora") == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    assert [model.name for model in service.models()] == ["demo", "user_model"]
+
+
+def test_a_look_says_what_would_come_and_fetches_nothing(service: Service, hub: Hub) -> None:  # noqa: F811
+    hub.repos["user/model"].branches["main"]["pytorch_model.bin"] = b"x" * 9000
+    hub.moved["user/old"] = "user/model"
+    offer = service.downloads.look("user/old")
+    assert offer.notes == ("user/old is called user/model now.",)
+    assert offer.choice.left_out == {"pytorch_model.bin": "a duplicate of the safetensors"}
+    assert offer.missing_bytes == offer.order.size_bytes == sum(f.size for f in offer.choice.wanted)
+    assert hub.sent_bytes() == 0
+    assert service.downloads.narrowed(offer, "pytorch_model.bin").order.size_bytes == 9000
+    with pytest.raises(NotOnHub, match=r"no file 'x\.gguf'"):
+        service.downloads.look("user/model", "x.gguf")
+
+
+def test_the_plan_judges_by_headers(service: Service, hub: Hub) -> None:  # noqa: F811
+    verdict = service.downloads.verdict(service.downloads.look("user/model"))
+    assert verdict.startswith("LlamaForCausalLM · 32.8 k · bf16 · 66 kB · 256 context. Fits.")
+    assert hub.sent_bytes("model.safetensors") <= len(weights())
+    large = json.loads(config()) | {"hidden_size": 65536, "vocab_size": 512_000}
+    size = 2 * 512_000 * 65_536
+    tensor = {"dtype": "BF16", "shape": [512_000, 65_536], "data_offsets": [0, size]}
+    raw = json.dumps({"model.embed_tokens.weight": tensor}).encode()
+    hub.repos["user/huge"] = Repo({"main": {**tiny_files(), "config.json": json.dumps(large).encode(),
+                                            "model.safetensors": len(raw).to_bytes(8, "little") + raw}})  # fmt: skip
+    offer = service.downloads.look("user/huge")
+    files = tuple(
+        replace(file, size=8 + len(raw) + size) if file.name == "model.safetensors" else file
+        for file in offer.order.files
+    )
+    huge = replace(offer, order=replace(offer.order, files=files))
+    assert "Too large" in service.downloads.verdict(huge)
+    with pytest.raises(DiskFull, match="are needed in"):
+        service.downloads.check(
+            replace(huge, order=replace(huge.order, files=tuple(replace(f, size=2**50) for f in files)))
+        )
+
+
+def test_a_verdict_that_cannot_be_given_says_why(service: Service, hub: Hub) -> None:  # noqa: F811
+    hub.repos["user/odd"] = Repo({"main": {"model.safetensors": b"no header here", "config.json": b"{}"}})
+    verdict = service.downloads.verdict(service.downloads.look("user/odd"))
+    assert verdict.startswith("Whether it fits cannot be said: ")
+
+
+def test_a_choice_that_is_open_is_not_downloaded(service: Service, hub: Hub) -> None:  # noqa: F811
+    hub.repos["user/gguf"] = Repo({"main": {"a.gguf": b"GGUF" * 100, "b.gguf": b"GGUF" * 100}})
+    with pytest.raises(UserError, match="2 GGUF files"):
+        service.downloads.download("user/gguf")
+    assert brought(service, "user/gguf", "b.gguf").name == "user_gguf"
+
+
+def test_search_tells_what_fits(service: Service, hub: Hub) -> None:  # noqa: F811
+    for name, count in (("small", 10**9), ("medium", 10**10), ("large", 10**12)):
+        tensors = {"parameters": {"BF16": count}, "total": count}
+        hub.repos[f"user/{name}-llm"] = Repo({"main": {}}, info={"safetensors": tensors})
+    results = service.downloads.search("llm")
+    fits = {result.found.name: result.fits for result in results}
+    assert fits == {"user/small-llm": "fits", "user/medium-llm": "fits in 4-bit", "user/large-llm": "too large"}
+    fitting = service.downloads.search("llm", fitting=True)
+    assert {result.found.name for result in fitting} == {"user/small-llm", "user/medium-llm"}
+    assert fits_roughly(0, 0, MACHINE) == ""
+
+
+def test_verify_repair_and_update(service: Service, hub: Hub) -> None:  # noqa: F811
+    folder, shelf = brought(service, "user/model"), service.shelf
+    assert shelf.verify("user_model").broken == {}
+    assert shelf.newer_commit("user_model") == ""
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert shelf.verify("user_model").broken == {"model.safetensors": "another content"}
+    service.downloads.queue.wait_for(shelf.repair("user_model").key)
+    assert shelf.verify("user_model").broken == {}
+    hub.repos["user/model"].branches["main"] = {**tiny_files(), "model.safetensors": weights(seed=4)}
+    assert shelf.newer_commit("user_model") == hub.repos["user/model"].commit("main")
+    service.downloads.queue.wait_for(shelf.update("user_model").key)
+    assert shelf.newer_commit("user_model") == ""
+    assert (folder / "model.safetensors").read_bytes() == weights(seed=4)
+    with pytest.raises(UserError, match="not known where demo is from"):
+        shelf.verify("demo")
+
+
+def test_the_shelf_knows_sizes_sources_and_favourites(service: Service) -> None:
+    brought(service, "user/model")
+    service.shelf.favourite("user_model", True)
+    first, second = service.shelf.kept()
+    assert (first.name, first.favourite, first.repairable) == ("user_model", True, True)
+    assert first.source.startswith("user/model:main at ")
+    assert first.size_bytes > len(weights())
+    assert (second.name, second.used, second.source) == ("demo", 0.0, "")
+
+
+def test_delete_refuses_what_is_in_use(service: Service, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+    folder = brought(service, "user/model")
+    hub.repos["user/model"].branches["main"] = {**tiny_files(), "model.safetensors": weights(seed=4)}
+    hub.faults = {"model.safetensors": [Fault(stall=100)]}
+    job = service.shelf.update("user_model")
+    with pytest.raises(ModelInUse, match="being downloaded"):
+        service.shelf.delete("user_model")
+    service.downloads.queue.cancel(job.key)
+    service.load("demo", {"cpu": True, "bf16": True})
+    with pytest.raises(ModelInUse, match="demo is loaded"):
+        service.shelf.delete("demo")
+    assert service.shelf.marks.last_used()["demo"] == pytest.approx(time.time(), abs=60)
+    assert service.shelf.delete("user_model") > len(weights())
+    assert not folder.exists()
+    service.unload()
+    wait_until(lambda: service.snapshot().order is None or service.snapshot().loaded is None)
+    service.supervisor.close()
+    assert service.shelf.delete("demo") == 0  # a link, of which nothing but the link goes
+    assert not (tmp_path / "models" / "demo").is_symlink()
+
+
+def test_what_the_cache_has_is_the_caches_own(service: Service, tmp_path: Path) -> None:
+    cached = tmp_path / "cache" / "models--user--cached" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    for name, content in tiny_files().items():
+        (cached / name).write_bytes(content)  # type: ignore[arg-type]
+    service.library.hf_cache = tmp_path / "cache"
+    with pytest.raises(UserError, match="lies in the Hugging Face cache"):
+        service.shelf.delete("user/cached")
+    assert cached.is_dir()
+
+
+@pytest.fixture
+def http(service: Service) -> TestClient:
+    app = FastAPI()
+    api.install(app, service)
+    return TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+def test_the_api_downloads_and_tells(http: TestClient, hub: Hub) -> None:  # noqa: F811
+    url = "/v1/internal/download"
+    listed: dict[str, Any] = http.get(f"{url}/files", params={"repo": "user/model"}).json()
+    assert listed["total_bytes"] == listed["missing_bytes"] == sum(file["bytes"] for file in listed["files"])
+    before = http.get("/v1/internal/model/status").json()["downloads"]
+    done = http.post(url, json={"repo": "user/model", "wait": True}).json()
+    assert (done["state"], done["name"], done["done_bytes"]) == ("done", "user_model", done["total_bytes"])
+    assert http.get("/v1/internal/model/status").json()["downloads"] != before
+    assert [job["id"] for job in http.get(url).json()["downloads"]] == [done["id"]]
+    assert "user_model" in http.get("/v1/internal/model/list").json()["model_names"]
+
+
+def test_the_api_pauses_resumes_cancels_and_refuses(http: TestClient, hub: Hub) -> None:  # noqa: F811
+    url = "/v1/internal/download"
+    hub.faults = {"model.safetensors": [Fault(stall=1000)]}
+    key = http.post(url, json={"repo": "user/model"}).json()["id"]
+    assert http.post(f"{url}/{key}/pause").json()["state"] == "paused"
+    hub.faults = {"model.safetensors": [Fault(stall=1000)]}
+    assert http.post(f"{url}/{key}/resume").json()["state"] in ("waiting", "running")
+    assert http.post(f"{url}/{key}/cancel").json()["state"] == "cancelled"
+    for body, kind in (({"repo": "user/nothing"}, "not_on_hub"), ({"repo": "x y"}, "user"), ({}, "option")):
+        assert http.post(url, json=body).json()["error"]["kind"] == kind
+    assert http.post(f"{url}/nonsense/pause").status_code == 404
+    hub.faults = {"config.json": [Fault(flip=1)] * 2}
+    broken = http.post(url, json={"repo": "user/model", "wait": True})
+    assert (broken.status_code, broken.json()["error"]["kind"]) == (502, "broken_download")
