@@ -277,6 +277,8 @@ _CLASSES: Mapping[str, type[Any]] = {
         LoadOrder,
         GenerateOrder,
         CountOrder,
+        EncodeOrder,
+        DecodeOrder,
         AdaptersOrder,
         AdaptersReport,
         MergeOrder,

@@ -24,6 +24,7 @@ class Parts:
         self._held = ""  # text that may be the beginning of a mark
         self._call = ""
         self._fresh = True  # nothing but blanks since the part began
+        self._after_mark = False
         self.calls: list[dict[str, str]] = []
 
     @property
@@ -64,36 +65,33 @@ class Parts:
         return [*exits, (self.tools.begin, "call")] if self.tools and self.tools.begin else exits
 
     def _move(self, text: str, out: dict[str, str]) -> None:
-        if self._fresh and self._separated:
-            text = text.lstrip()
-        if not text:
-            return
-        if self._fresh and self._state == "text" and self.tools and not self.tools.begin and text[0] == "{":
-            self._state = "call"  # the whole answer, if it is one
-        self._fresh = False
+        if self._fresh and self._after_mark:
+            text = text.lstrip()  # blanks that set a part apart
+        if self._fresh and self._may_be_call(text):
+            self._state = "call"
+        self._fresh = self._fresh and not text.strip()
         if self._state == "call":
             self._call += text
         else:
             out[self._state] += text
 
-    @property
-    def _separated(self) -> bool:
-        """Whether the blanks at the beginning of a part only set it apart."""
-        return self._marks is not None or self.tools is not None
+    def _may_be_call(self, text: str) -> bool:
+        """Whether an answer that begins so may as a whole be a call, in a form without tags."""
+        return self._state == "text" and self.tools is not None and not self.tools.begin and text.lstrip()[:1] == "{"
 
     def _enter(self, state: str, out: dict[str, str]) -> None:
         if self._state == "call":
-            self._end_call(out)
-        self._state, self._fresh = state, True
+            self._end_call(out, self.tools.end if self.tools else "")
+        self._state, self._fresh, self._after_mark = state, True, True
 
-    def _end_call(self, out: dict[str, str]) -> None:
+    def _end_call(self, out: dict[str, str], end: str) -> None:
         if self.tools is None:
             return
         call = read_call(self._call, self.tools)
         if call is not None:
             self.calls.append(call)
         else:
-            out["text"] += f"{self.tools.begin}{self._call}{self.tools.end}"
+            out["text"] += f"{self.tools.begin}{self._call}{end}"
         self._call = ""
 
     def finish(self) -> tuple[str, str]:
@@ -101,11 +99,6 @@ class Parts:
         out = {"reasoning": "", "text": "", "call": ""}
         self._move(self._held, out)
         self._held = ""
-        if self._state == "call" and self.tools is not None:
-            call = read_call(self._call, self.tools)
-            if call is not None:
-                self.calls.append(call)
-            else:
-                out["text"] += self.tools.begin + self._call
-            self._call = ""
+        if self._state == "call":
+            self._end_call(out, "")
         return out["reasoning"], out["text"]

@@ -45,7 +45,7 @@ def routes(found: list[BaseRoute], before: str = "") -> Iterator[tuple[str, str]
         if isinstance(route, Mount):
             yield from routes(list(route.routes), path)
         elif isinstance(route, Route) or hasattr(route, "methods"):
-            for method in sorted(route.methods or {"GET"}):  # type: ignore[union-attr]
+            for method in sorted(route.methods or {"GET"}):
                 yield method, re.sub(r"\{[^}]*\}", "x", path)
         elif inner := getattr(getattr(route, "original_router", None), "routes", None):
             yield from routes(list(inner), before + route.include_context.prefix)  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ def test_an_administrator_may_all_and_a_guest_reads(client: TestClient) -> None:
 def functions(door: AccessMiddleware, role: Role) -> dict[int, Any]:
     """The functions of a role's page, by their numbers."""
     app: Any = door.applications[role]
-    gradio = next(route.app for route in app.routes if isinstance(route, Mount))
+    gradio: Any = next(route.app for route in app.routes if isinstance(route, Mount))
     return dict(gradio.get_blocks().fns)
 
 

@@ -21,7 +21,7 @@ def chat_orders(service: Service, body: ChatBody) -> list[GenerateOrder]:
     adapters = adapters_of(service, body.model)
     wanted = body.max_completion_tokens or body.max_tokens
     if body.top_logprobs is not None and not body.logprobs:
-        raise OptionError("top_logprobs needs logprobs: true.")
+        raise OptionError("top_logprobs: needs logprobs: true.")
     order = GenerateOrder(
         service.generation(_values(body, wanted or _room(service))),
         messages=tuple(_message(message) for message in body.messages),
