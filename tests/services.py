@@ -10,6 +10,7 @@ from typing import Any
 from modules import flags
 from modules.devices import Machine
 from modules.library import Library
+from modules.library.loras import LoraLibrary
 from modules.service import Service
 from modules.settings import CodeApprovals, Settings
 from modules.supervisor import Supervisor
@@ -40,7 +41,8 @@ class CountedMeasure:
 
 @contextmanager
 def services(home: Path, demo_model: Path) -> Iterator[Make]:
-    """Makes services whose models/ holds the demo model as ``demo``. Their supervisors are closed afterwards.
+    """Makes services whose models/ holds the demo model as ``demo``, and with LoRAs from ``home/loras``. Their
+    supervisors are closed afterwards.
 
     ``make(argv, settings, **saved)``: the command line's words, the text of settings.yaml, and what is saved for
     the demo model.
@@ -61,7 +63,7 @@ def services(home: Path, demo_model: Path) -> Iterator[Make]:
             Service(
                 Library([models]), kept, CodeApprovals(models / ".cache" / "allowed-code.json"),
                 Supervisor(warm_worker=False), CountedMeasure(), cache_dir=models / ".cache",
-                flags=parsed.load, generation_flags=parsed.generation,
+                flags=parsed.load, generation_flags=parsed.generation, loras=LoraLibrary([home / "loras"]),
             )
         )  # fmt: skip
         return made[-1]

@@ -24,7 +24,7 @@ from modules.options import LOAD_OPTIONS, LoadOptions, Spec
 from modules.protocol import Done, Piece
 from modules.service import Source
 from modules.supervisor import State
-from tests import checkpoints
+from tests import checkpoints, loras
 from tests.services import CountedMeasure, CountedSettings, Make, services
 
 # A value that differs from the default for each option that applies to the demo model on a machine without a GPU.
@@ -33,14 +33,16 @@ OTHER_VALUES: dict[str, Any] = {
     "disk_cache_dir": "offload", "quant_type": "fp4", "compute_dtype": "float32", "use_double_quant": True,
     "ctx_size": 4096, "alpha_value": 1.75, "rope_freq_base": 500_000.0, "compress_pos_emb": 2.0,
     "trust_remote_code": True, "use_fast": False, "attn_implementation": "eager", "disable_exllama": True,
-    "loader": "Transformers", "auto_devices": True,
+    "loader": "Transformers", "auto_devices": True, "lora": ("herring:0.5",),
 }  # fmt: skip
-REFUSED_HERE = {"gpu_memory": (10.0, 6.0), "model": "", "lora": ("none-here",)}
+REFUSED_HERE = {"gpu_memory": (10.0, 6.0), "model": ""}
 
 
 @pytest.fixture
 def make(tmp_path: Path, demo_model: Path) -> Iterator[Make]:
     """A service on a home of its own with the demo model in it; its supervisor is closed afterwards."""
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "herring").symlink_to(loras.herring(), target_is_directory=True)
     with services(tmp_path, demo_model) as made:
         yield made
 
@@ -49,7 +51,7 @@ def words(spec: Spec, value: Any) -> list[str]:
     """The option as it is typed."""
     if spec.kind == "flag":
         return [spec.flag if value else f"--no-{spec.flag[2:].replace('_', '-')}"]
-    return [spec.flag, str(value)]
+    return [spec.flag, *value] if spec.kind == "adapters" else [spec.flag, str(value)]
 
 
 def test_every_option_has_another_value_here() -> None:

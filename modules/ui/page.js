@@ -88,7 +88,10 @@
   }).observe(document.documentElement, { childList: true, subtree: true });
 
   // A greyed button says why; a sign has a name.
-  const WHY = { load: "A load is under way.", unload: "No model is loaded.", reload: "No model is loaded." };
+  const WHY = {
+    load: "A load is under way.", unload: "No model is loaded.", reload: "No model is loaded.",
+    "lora-apply": "The chosen model is not loaded: Load applies its LoRAs too.", "lora-remove": "No LoRA is active.",
+  };
   function explain() {
     for (const [id, why] of Object.entries(WHY)) {
       const button = element(id);
