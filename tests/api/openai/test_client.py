@@ -156,7 +156,7 @@ def test_text_in_the_form_of_a_schema(client: OpenAI) -> None:
     assert (free.choices[0].message.content or "").startswith("{")
 
 
-WEATHER = {
+WEATHER: Any = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -229,7 +229,7 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(messages=QUESTION, stream=stream, extra_body=body, **GREEDY)  # type: ignore[call-overload]
+            client.chat.completions.create(messages=QUESTION, stream=stream, extra_body=body, **GREEDY)
         error = caught.value
         assert (error.param, error.code, error.type) == (parameter, code, "invalid_request_error")
 

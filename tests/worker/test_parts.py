@@ -1,0 +1,103 @@
+"""Reasoning, text and tool calls told apart, however the text is cut into pieces."""
+
+from __future__ import annotations
+
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modules.errors import UnsupportedParameter
+from modules.worker.parts import Parts, reasoning_marks
+from modules.worker.tools import BARE, TAGGED, ToolFormat, call_grammar, read_call, tool_format
+
+THINK = ("<think>", "</think>")
+CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+WEATHER = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+
+
+def sorted_out(pieces: list[str], *, thinking: bool = False, tools: ToolFormat | None = None) -> tuple[str, str, int]:
+    """(reasoning, text, calls)"""
+    parts = Parts(THINK, thinking=thinking, tools=tools)
+    told = [parts.push(piece) for piece in pieces] + [parts.finish()]
+    assert all(call == WEATHER for call in parts.calls)
+    return "".join(one for one, _ in told), "".join(one for _, one in told), len(parts.calls)
+
+
+CASES = [
+    ("Hello", False, None, ("", "Hello", 0)),
+    (" Hello\n", False, None, ("", " Hello\n", 0)),
+    ("<think>\nHm.\n</think>\n\nOslo", False, None, ("Hm.\n", "Oslo", 0)),
+    ("Hm.</think>Oslo", True, None, ("Hm.", "Oslo", 0)),
+    ("Hm", True, None, ("Hm", "", 0)),
+    ("a < b <thin", False, None, ("", "a < b <thin", 0)),
+    (f"<tool_call>\n{CALL}\n</tool_call>", False, TAGGED, ("", "", 1)),
+    (f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", False, TAGGED, ("", "", 2)),
+    (f"Hm.</think>\n<tool_call>{CALL}", True, TAGGED, ("Hm.", "", 1)),
+    (f"Let me look. <tool_call>{CALL}</tool_call>", False, TAGGED, ("", "Let me look. ", 1)),
+    ("<tool_call>nonsense</tool_call>", False, TAGGED, ("", "<tool_call>nonsense</tool_call>", 0)),
+    ("<tool_call>{", False, TAGGED, ("", "<tool_call>{", 0)),
+    (f"<tool_call>{CALL}</tool_call>", False, None, ("", f"<tool_call>{CALL}</tool_call>", 0)),
+    (CALL.replace("arguments", "parameters"), False, BARE, ("", "", 1)),
+    ('{"a": 1}', False, BARE, ("", '{"a": 1}', 0)),
+    ("It is {x}", False, BARE, ("", "It is {x}", 0)),
+]
+
+
+@pytest.mark.parametrize(("text", "thinking", "tools", "expected"), CASES)
+@given(cuts=st.sets(st.integers(0, 200), max_size=12))
+def test_parts_are_told_apart_wherever_the_text_is_cut(
+    text: str, thinking: bool, tools: ToolFormat | None, expected: tuple[str, str, int], cuts: set[int]
+) -> None:
+    at = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[begin:end] for begin, end in zip(at, at[1:], strict=False)]
+    assert sorted_out(pieces, thinking=thinking, tools=tools) == expected
+
+
+def test_nothing_certain_is_held_back() -> None:
+    parts = Parts(THINK, tools=None)
+    assert parts.push("a <") == ("", "a ")
+    assert parts.push("b") == ("", "<b")
+    assert parts.push("<think>c") == ("c", "")
+    assert parts.thinking
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        ("{% if tools %}<tool_call>{% endif %}", TAGGED),
+        ('{% if tools %}{"name": x, "parameters": y}{% endif %}', BARE),
+    ],
+)
+def test_forms_of_calls_are_known_by_their_templates(template: str, form: ToolFormat) -> None:
+    assert tool_format(template) == form
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", "{{ tools }}", "{{ tools }}<tool_call><function="])
+def test_other_forms_are_refused(template: str) -> None:
+    with pytest.raises(UnsupportedParameter, match="tools"):
+        tool_format(template)
+
+
+def test_marks_of_reasoning() -> None:
+    assert reasoning_marks("{{ content.split('</think>') }}") == THINK
+    assert reasoning_marks("{{ messages }}") is None
+
+
+def test_a_call_is_read_whatever_its_arguments_are() -> None:
+    assert read_call('{"name": "f"}', TAGGED) == {"name": "f", "arguments": "{}"}
+    assert read_call('{"name": "f", "arguments": "{\\"a\\": 1}"}', TAGGED) == {"name": "f", "arguments": '{"a": 1}'}
+    for text in ("", "[]", '{"name": 1}', '{"arguments": {}}'):
+        assert read_call(text, TAGGED) is None
+
+
+def test_the_grammar_of_calls_is_one() -> None:
+    from llguidance import LLMatcher
+
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = tuple({"type": "function", "function": {"name": name, "parameters": schema}} for name in ("f", "g"))
+    for form in (TAGGED, BARE):
+        for choice in ("required", "function:f"):
+            grammar = call_grammar(form, tools, choice)
+            assert LLMatcher.validate_grammar(grammar) == ""
+            assert ('"g"' in grammar) is (choice == "required")
