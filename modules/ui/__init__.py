@@ -40,7 +40,7 @@ def build(service: Service, *, login: bool = False) -> gr.Blocks:
             with gr.Tab("Session", id="session") as session:
                 session_tab.build(service, session)
         model_actions.wire(models, service)
-        download_actions.wire(models.downloads, service, models.model)
+        download_actions.wire(models, service)
         lora_actions.wire(models, service)
         chat_tab.wire(chat, service, Stops())
         chat_tab.wire_recall(page, chat, service)

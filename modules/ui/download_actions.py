@@ -11,6 +11,7 @@ import gradio as gr
 from modules.errors import LoadstoneError
 from modules.hub.words import pattern_of
 from modules.service import Service
+from modules.ui import lora_card
 from modules.ui.common import QUIET, guarded, inform, small
 from modules.ui.download_card import (
     DownloadCard,
@@ -22,7 +23,7 @@ from modules.ui.download_card import (
     offer_updates,
     token_html,
 )
-from modules.ui.model_tab import labelled, model_choices
+from modules.ui.model_tab import ModelTab, labelled, model_choices
 
 
 def _looked(service: Service, text: str, task: str, size: str, sort: str, fitting: bool) -> list[Any]:
@@ -82,14 +83,14 @@ def _cleared(service: Service) -> list[Any]:
     return job_updates(service)
 
 
-def _synced(service: Service, done: int) -> list[Any]:
-    """The downloads as they are; and the menu, when one of them has brought a model."""
+def _synced(service: Service, model: str | None, done: int) -> list[Any]:
+    """The downloads as they are; and the menus, when one of them has brought something."""
     ended = sum(1 for job in service.downloads.queue.jobs() if not job.state.is_open)
-    menu = gr.skip()
+    menus = [gr.skip(), gr.skip()]
     if ended != done:
-        choices = model_choices(service)
-        menu = gr.update(choices=labelled(service, choices))
-    return [menu, ended, *job_updates(service)]
+        loras = lora_card.labelled(service.loras.offers(model or ""))
+        menus = [gr.update(choices=labelled(service, model_choices(service))), gr.update(choices=loras)]
+    return [*menus, ended, *job_updates(service)]
 
 
 def _token_saved(service: Service, token: str) -> list[Any]:
@@ -107,8 +108,9 @@ def _token_forgotten(service: Service) -> str:
     return token_html(service)
 
 
-def wire(card: DownloadCard, service: Service, model: gr.Dropdown) -> None:
-    """Connect the panel. ``model`` is the tab's menu, which gets what has been downloaded."""
+def wire(tab: ModelTab, service: Service) -> None:
+    """Connect the panel of ``tab``, whose menus get what has been downloaded."""
+    card = tab.downloads
     narrowed = [card.text, card.task, card.size, card.sort, card.fitting]
     judge: dict[str, Any] = {
         "fn": partial(_judged, service), "inputs": [card.asked, card.files], "outputs": [card.offer, card.download],
@@ -130,7 +132,8 @@ def wire(card: DownloadCard, service: Service, model: gr.Dropdown) -> None:
             button.click(act, card.keys, card.follows_jobs, **QUIET)
     card.clear.click(guarded(jobs, partial(_cleared, service)), None, card.follows_jobs, **QUIET)
     synced = partial(_synced, service)
-    card.sync.click(synced, card.done, [model, card.done, *card.follows_jobs], queue=False, **QUIET)
+    follows = [tab.model, tab.loras.menu, card.done, *card.follows_jobs]
+    card.sync.click(synced, [tab.model, card.done], follows, queue=False, **QUIET)
     _wire_token(card, service)
 
 

@@ -183,13 +183,16 @@ def _fix_label(error: LoadstoneError | None) -> str:
 
 
 def model_choices(service: Service) -> list[str]:
-    return [model.name for model in service.models()]
+    """The models' names, favourites first."""
+    favourites = service.shelf.marks.favourites()
+    return sorted((model.name for model in service.models()), key=lambda name: name not in favourites)
 
 
 def labelled(service: Service, names: list[str]) -> list[tuple[str, str]]:
-    """The menu's entries: each name with its badge."""
-    badges = service.badges()
-    return [(f"{name} · {badges[name]}" if name in badges else name, name) for name in names]
+    """The menu's entries: each name with its badge; a favourite with a star."""
+    badges, favourites = service.badges(), service.shelf.marks.favourites()
+    stars = {name: "★ " if name in favourites else "" for name in names}
+    return [(f"{stars[name]}{name} · {badges[name]}" if name in badges else stars[name] + name, name) for name in names]
 
 
 def show_selected(tab: ModelTab, service: Service, model: str | None) -> list[Any]:

@@ -16,6 +16,7 @@ from playwright.sync_api import Page, expect
 from tests.e2e.conftest import ROOT, Server, wait_for
 from tests.hub_models import tiny_files, weights
 from tests.hub_server import TOKEN, Hub, Repo, folder_files
+from tests.loras import herring
 
 NAME = "tester/SmolLM2-135M"
 FOLDER = "tester_SmolLM2-135M"
@@ -121,6 +122,20 @@ def test_the_panel_survives_a_reload_pauses_refuses_and_takes_a_token(
     wait_for(lambda: not list((server.home / "models" / ".cache" / "downloads").iterdir()), "nothing to be left")
 
 
+def test_a_lora_is_in_its_menu_when_it_has_come(
+    hub: Hub, launch: Callable[..., Server], open_page: Callable[..., Page]
+) -> None:
+    hub.repos["tester/lora"] = Repo({"main": folder_files(herring())})
+    server = launch("--no-warm-worker")
+    page = open_page(server)
+    ask(page, "tester/lora")
+    expect(page.locator("#hub-offer")).to_contain_text("loras/tester_lora")
+    page.locator("#hub-download").click()
+    expect(page.locator("#job-0 [data-state=done]")).to_be_visible(timeout=30_000)
+    page.locator("#loras input").click()
+    expect(page.get_by_role("option", name="tester_lora")).to_be_visible()
+
+
 def test_the_shelf_verifies_and_deletes(
     hub: Hub, launch: Callable[..., Server], open_page: Callable[..., Page]
 ) -> None:
@@ -132,6 +147,8 @@ def test_the_shelf_verifies_and_deletes(
     expect(page.locator("#shelf")).to_contain_text(f"{MEDIUM}:main at ")
     page.locator("#shelf-model input").click()
     page.get_by_role("option", name="tester_medium", exact=True).click()
+    page.locator("#shelf-favourite").click()
+    expect(page.locator("#shelf")).to_contain_text("★ tester_medium")
     page.locator("#shelf-verify").click()
     expect(page.locator("#shelf-line")).to_contain_text("all 5 files are what the Hub has")
     page.locator("#shelf-newer").click()
