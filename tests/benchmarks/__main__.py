@@ -8,7 +8,7 @@ import sys
 
 from tests.benchmarks.common import Row
 
-NAMES = ("start", "listing", "plan", "load", "repeat", "stream")
+NAMES = ("start", "listing", "plan", "load", "repeat", "stream", "download")
 
 
 def main() -> int:

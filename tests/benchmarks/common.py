@@ -57,12 +57,12 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(
-    command: Sequence[str], port: int, timeout_s: float = 120
+    command: Sequence[str], port: int, timeout_s: float = 120, **variables: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
-    """A web process and the seconds from its start to its first page."""
+    """A web process and the seconds from its start to its first page; ``variables`` of its environment."""
     begun = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env=environment() | variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from modules.hub import Hub as Remote
 from modules.hub import parse, tokens
 from modules.hub.running import run
 from tests.hub.test_running import QUICK, assert_whole
-from tests.hub_models import order_for, tiny_files
+from tests.hub_models import order_for, tiny_files, weights
 from tests.hub_server import OTHER_TOKEN, TOKEN, Fault, Hub, Repo
 
 
@@ -111,6 +112,23 @@ def test_a_busy_hub_is_asked_again(hub: Hub) -> None:
     hub.faults = {"model": [Fault(status=503, retry_after=0), Fault(status=429, retry_after=0)]}
     assert Remote(hub.url).repository(parse("user/model")).name == "user/model"
     assert len(hub.asked("/api/models/user/model")) == 3
+
+
+def test_proxies_and_mirrors_of_the_environment_are_used(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy is the Hub of the test, which answers for a name that no other machine has."""
+    hub.repos["user/small"] = Repo({"main": {"model.safetensors": weights(rows=8), "config.json": b"{}"}})
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.invalid/")
+    remote = Remote()
+    assert remote.endpoint == "http://mirror.invalid"
+    repository = remote.repository(parse("user/small"))
+    assert remote.bytes_of(repository, "config.json", 0, 2) == b"{}"
+    assert [request.headers["host"] for request in hub.requests] == ["mirror.invalid"] * 2
+    order = replace(order_for(hub, tmp_path, "user/small"), endpoint=remote.endpoint)
+    run(order, lambda stage, done: None, QUICK)
+    assert_whole(hub, order)
 
 
 def test_offline_mode_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
