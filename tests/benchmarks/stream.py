@@ -63,26 +63,31 @@ def _on_chat_tab(page: Any) -> dict[str, float]:
     page.locator("#message textarea").fill(PROMPT)
     page.evaluate(_WATCH)
     page.locator("#message textarea").press("Enter")
-    page.wait_for_function("document.querySelector('#chat-line').innerText.includes('tokens/s')", timeout=120_000)
-    first, last = page.evaluate("[window.firstText, window.lastText]")
+    first, last = page.evaluate("window.answered")
     words = page.locator("#chat-line").inner_text()
     tokens = int(words.split(" tokens ·")[0].split("·")[-1].replace(",", ""))
     return {"worker": float(words.split(" tokens/s")[0].split("·")[-1]), "tab": (tokens - 1) / ((last - first) / 1000)}
 
 
+# Told of changes, not asking for them: Playwright's own waiting makes the page render 60 times a second.
 _WATCH = """() => {
-  window.firstText = window.lastText = 0;
-  let seen = '';
-  const look = () => {
-    const bots = document.querySelectorAll('#chatbot .bot .md, #chatbot .bot .prose');
-    const text = bots.length ? bots[bots.length - 1].innerText.trim() : '';
-    if (text && text !== seen) {
-      seen = text;
-      window.lastText = performance.now();
-      window.firstText = window.firstText || window.lastText;
-    }
-  };
-  window.watcher?.disconnect();
-  window.watcher = new MutationObserver(look);
-  window.watcher.observe(document.querySelector('#chatbot'), {childList: true, subtree: true, characterData: true});
+  let first = 0, last = 0, seen = '';
+  const chat = document.querySelector('#chatbot'), line = document.querySelector('#chat-line');
+  window.answered = new Promise((done) => {
+    const watcher = new MutationObserver(() => {
+      const text = [...chat.querySelectorAll('.bot .md')].at(-1)?.textContent ?? '';
+      if (text.trim() && text !== seen) {
+        seen = text;
+        last = performance.now();
+        first = first || last;
+      }
+      if (first && line.textContent.includes('tokens/s')) {
+        watcher.disconnect();
+        done([first, last]);
+      }
+    });
+    const every = {childList: true, subtree: true, characterData: true};
+    watcher.observe(chat, every);
+    watcher.observe(line, every);
+  });
 }"""
