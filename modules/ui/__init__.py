@@ -15,20 +15,25 @@ from modules.ui import (
     chat_tab,
     download_actions,
     guest,
+    live,
     lora_actions,
     model_actions,
     model_tab,
     session_tab,
 )
 from modules.ui.answering import Stops
-from modules.ui.common import QUIET, top
+from modules.ui.common import QUIET, queue, top
 
 _HERE = Path(__file__).parent
+_SCRIPTS = ("page.js", "live.js")
 TITLE = "Loadstone"
 
 
-def build(service: Service, *, login: bool = False) -> gr.Blocks:
-    """The whole page, wired to ``service``. ``login``: people have logged in, and may log out."""
+def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> gr.Blocks:
+    """The whole page, wired to ``service``. The answers that come are also put into ``lives``.
+
+    ``login``: people have logged in, and may log out.
+    """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         line = top(cards.status_line(service.snapshot()), login=login)
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
@@ -42,11 +47,11 @@ def build(service: Service, *, login: bool = False) -> gr.Blocks:
         model_actions.wire(models, service)
         download_actions.wire(models, service)
         lora_actions.wire(models, service)
-        chat_tab.wire(chat, service, Stops())
+        chat_tab.wire(chat, service, Stops(), lives)
         chat_tab.wire_recall(page, chat, service)
         chat_loras.follow([page.load, sync.click, talk.select], chat.loras, service)
         _follow_state(page, service, line, sync, models, chat)
-    page.queue(default_concurrency_limit=16)
+    queue(page)
     return page
 
 
@@ -88,12 +93,14 @@ def mount(
 
     ``root_path``: the path under which a proxy in front serves it.
     """
-    page = guest.build(service, TITLE) if for_guests else build(service, login=login)
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    lives = live.LiveAnswers()
+    live.mount(app, lives)
+    page = guest.build(service, lives, TITLE) if for_guests else build(service, lives, login=login)
+    scripts = "".join(f"<script>{(_HERE / name).read_text(encoding='utf-8')}</script>" for name in _SCRIPTS)
     gr.mount_gradio_app(
         app, page, path="/", server_name="127.0.0.1", footer_links=[], run_history=False, ssr_mode=False,
         enable_monitoring=False, pwa=False, theme=_theme(), css_paths=[_HERE / "page.css"],
-        head=f"<script>{script}</script>", show_error=True, root_path=root_path or None,
+        head=scripts, show_error=True, root_path=root_path or None,
     )  # fmt: skip
     return app
 

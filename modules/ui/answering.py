@@ -15,8 +15,9 @@ from modules.protocol import Done, Piece
 from modules.service import Service
 from modules.supervisor import Snapshot
 from modules.ui.common import small, warn
+from modules.ui.live import Live, LiveAnswers
 
-UPDATE_S = 0.1  # ten updates a second reach the browser
+RENDER_S = 1.5  # between two renderings of the Markdown; page.js shows the text that comes meanwhile
 CHAT, COMPLETION = "Chat", "Completion"
 History = list[dict[str, Any]]
 Updates = list[Any]  # for ChatTab.follows_answer: chatbot, text, send, stop, line, again, undo, clear
@@ -91,11 +92,11 @@ def request(question: Question) -> dict[str, Any]:
     return {"messages": front + question.history, "loras": question.loras}
 
 
-def working(history: History, *, text: Any = "") -> Updates:
+def working(history: History, line: str, *, text: Any = "") -> Updates:
     """The page while an answer is awaited: Stop instead of Send, and nothing that would take the chat apart."""
     waiting = [*history, {"role": "assistant", "content": ""}]
     still = [gr.update(interactive=False)] * 3
-    return [waiting, text, gr.update(visible="hidden"), gr.update(visible=True), small("thinking …"), *still]
+    return [waiting, text, gr.update(visible="hidden"), gr.update(visible=True), line, *still]
 
 
 def settled(history: Any, line: str, *, text: Any = None) -> Updates:
@@ -109,33 +110,47 @@ def nothing() -> Updates:
     return [gr.skip() for _ in range(8)]
 
 
-def answer(service: Service, stops: Stops, session: str, question: Question) -> Iterator[Updates]:
-    """Stream an answer to the last message, as updates for ``ChatTab.follows_answer``."""
+def answer(
+    service: Service, stops: Stops, lives: LiveAnswers, session: str, question: Question, *, place: str = "chatbot"
+) -> Iterator[Updates]:
+    """Stream an answer to the last message, as updates for ``ChatTab.follows_answer``.
+
+    ``place``: the HTML id of the chat that shows it.
+    """
     if service.snapshot().loaded is None:
         error: LoadstoneError = NothingLoaded("No model is loaded.")
         yield settled(question.before, str(error), text=question.text or None)
         return
-    yield working(question.history)
     stopped = stops.begin(session)
-    text, done, failure = "", None, None
-    try:
-        shown = time.monotonic()
-        for chunk in service.generate(question.values, **request(question), stopped=stopped):
-            if isinstance(chunk, Done):
-                done = chunk
-            elif isinstance(chunk, Piece):
-                text += chunk.text
-                if (now := time.monotonic()) - shown >= UPDATE_S and stops.is_shown(session, stopped):
-                    shown = now
-                    yield [[*question.history, {"role": "assistant", "content": text}], *nothing()[1:]]
-    except LoadstoneError as problem:
-        failure = problem
-    finally:
-        stopped.set()
+    done, failure = None, None
+    with lives.begin(place) as live:
+        yield working(question.history, live.line("thinking …"))
+        try:
+            rendered = 0.0
+            for chunk in service.generate(question.values, **request(question), stopped=stopped):
+                if isinstance(chunk, Done):
+                    done = chunk
+                elif isinstance(chunk, Piece):
+                    live.text += chunk.text
+                    if (now := time.monotonic()) - rendered >= RENDER_S and stops.is_shown(session, stopped):
+                        rendered = now
+                        yield _so_far(question, live)
+        except LoadstoneError as problem:
+            failure = problem
+        finally:
+            stopped.set()
     if stops.is_shown(session, stopped):
-        yield _ended(service, question, text, done, failure)
+        yield _ended(service, question, live.text, done, failure)
     else:  # another answer, or an empty chat, stands there by now
         yield nothing()
+
+
+def _so_far(question: Question, live: Live) -> Updates:
+    """The answer as far as it has come. The line comes after the chat, and tells page.js what the chat shows."""
+    updates = nothing()
+    updates[0] = [*question.history, {"role": "assistant", "content": live.text}]
+    updates[4] = live.line("answering …")
+    return updates
 
 
 def _ended(

@@ -16,6 +16,7 @@ from modules.supervisor import Snapshot
 from modules.ui.answering import Question, Stops, Updates, answer, nothing
 from modules.ui.cards import active_in_words
 from modules.ui.common import QUIET, small
+from modules.ui.live import LiveAnswers
 
 ACTIVE, BASE, NONE = "active", "base", "none"
 _BASE_WORDS = "the base model"
@@ -113,6 +114,7 @@ class Comparison:
 
     service: Service
     stops: Stops
+    lives: LiveAnswers
 
     def shown(self, chosen: str | None, beside: str | None) -> list[Any]:
         """Updates for the second place and the conversation: side by side, each under its LoRAs' names."""
@@ -132,7 +134,7 @@ class Comparison:
         except LoadstoneError as error:
             yield [gr.skip(), gr.skip(), gr.skip(), gr.skip(), small(str(error)), *[gr.skip()] * 3]
             return
-        for updates in answer(self.service, self.stops, session, asked):
+        for updates in answer(self.service, self.stops, self.lives, session, asked, place="other"):
             yield [updates[0], gr.skip(), *updates[2:]]  # the next message may be being typed
 
     def stop(self, request: gr.Request) -> None:

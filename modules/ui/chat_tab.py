@@ -28,12 +28,14 @@ from modules.ui.answering import (
 )
 from modules.ui.common import QUIET, edits, small
 from modules.ui.form import option_value, widget
+from modules.ui.live import LiveAnswers
 
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
 _NO_TEMPLATE = "This model has no chat template: it continues the text as it stands."
 # The conversation is this browser tab's: it survives a reload of the page, and no other tab sees it.
 _KEEP = "(messages) => { try { sessionStorage.setItem('loadstone-chat', JSON.stringify(messages)) } catch {} }"
-_RECALL = "() => { try { return JSON.parse(sessionStorage.getItem('loadstone-chat')) ?? [] } catch { return [] } }"
+_RECALL = """(now) => { if (now?.length) return now;
+  try { return JSON.parse(sessionStorage.getItem('loadstone-chat')) ?? [] } catch { return [] } }"""
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,13 @@ def _usual(tab: ChatTab, service: Service) -> str:
 
 
 # In the browser and not on the server: answers that overtake one another would bring old values back.
-# Only what differs is kept, so that a changed default is not hidden by an old one.
+# Only what differs is kept, so that a changed default is not hidden by an old one. What somebody has typed before
+# the page was complete stays.
 _REMEMBER = """localStorage.setItem('loadstone-chat', JSON.stringify(Object.fromEntries(
   usual.map(([name, value], i) => [name, values[i], value])
   .filter(([, now, value]) => now !== null && now !== value))))"""
 _RECOVER = """let kept = {}; try { kept = JSON.parse(localStorage.getItem('loadstone-chat')) ?? {} } catch {}
-  return usual.map(([name, value]) => kept[name] ?? value)"""
+  return usual.map(([name, value], i) => (now[i] ?? value) !== value ? now[i] : kept[name] ?? value)"""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Conversation:
     tab: ChatTab
     service: Service
     stops: Stops
+    lives: LiveAnswers
     comparison: chat_loras.Comparison
 
     def _ask(
@@ -178,7 +182,7 @@ class Conversation:
         except LoadstoneError as error:
             yield settled(before, str(error), text=text or None)
             return
-        yield from answer(self.service, self.stops, str(request.session_hash), question)
+        yield from answer(self.service, self.stops, self.lives, str(request.session_hash), question)
 
     def send(self, request: gr.Request, text: str, history: History, *raw: Any) -> Iterator[Updates]:
         before = plain(history)
@@ -228,10 +232,10 @@ class Conversation:
         self.stops.stop(str(request.session_hash))
 
 
-def wire(tab: ChatTab, service: Service, stops: Stops) -> None:
+def wire(tab: ChatTab, service: Service, stops: Stops, lives: LiveAnswers) -> None:
     """Connect the tab's widgets to the service."""
-    comparison = chat_loras.Comparison(service, Stops())
-    chat = Conversation(tab, service, stops, comparison)
+    comparison = chat_loras.Comparison(service, Stops(), lives)
+    chat = Conversation(tab, service, stops, lives, comparison)
     asks: dict[str, Any] = {"outputs": tab.follows_answer, "concurrency_limit": None, **QUIET}
     inputs = [tab.chatbot, *tab.settings]
     ends = [
@@ -254,6 +258,6 @@ def wire(tab: ChatTab, service: Service, stops: Stops) -> None:
 
 def wire_recall(page: gr.Blocks, tab: ChatTab, service: Service) -> None:
     """Bring back, when the page is opened, this browser tab's conversation and this browser's settings."""
-    recover = f"() => {{ {_usual(tab, service)} {_RECOVER} }}"
-    page.load(None, None, tab.remembered, js=recover)
-    page.load(None, None, tab.chatbot, js=_RECALL)
+    recover = f"(...now) => {{ {_usual(tab, service)} {_RECOVER} }}"
+    page.load(None, tab.remembered, tab.remembered, js=recover)
+    page.load(None, tab.chatbot, tab.chatbot, js=_RECALL)

@@ -12,21 +12,22 @@ import gradio as gr
 from modules.service import Service
 from modules.ui import cards, chat_loras, chat_tab
 from modules.ui.answering import Stops
-from modules.ui.common import QUIET, top
+from modules.ui.common import QUIET, queue, top
+from modules.ui.live import LiveAnswers
 
 
-def build(service: Service, title: str) -> gr.Blocks:
+def build(service: Service, lives: LiveAnswers, title: str) -> gr.Blocks:
     """The page, wired to ``service``."""
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         line = top(cards.status_line(service.snapshot()), login=True)
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
         with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
             chat = chat_tab.build(service)
-        chat_tab.wire(chat, service, Stops())
+        chat_tab.wire(chat, service, Stops(), lives)
         chat_tab.wire_recall(page, chat, service)
         chat_loras.follow([page.load, sync.click], chat.loras, service)
         _follow_state(page, service, line, sync, chat)
-    page.queue(default_concurrency_limit=16)
+    queue(page)
     return page
 
 

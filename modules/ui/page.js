@@ -2,6 +2,7 @@
 // hidden sync button, which renders what is new. A short request each time: browsers allow only six open ones a host.
 (() => {
   const EVERY_MS = 500;
+  const ANSWERING_MS = 1500;
   let shown = null;
   let downloads = null;
   let failures = 0;
@@ -52,9 +53,11 @@
     }
   }
 
+  // While an answer comes every request takes speed from it, where the model computes on this machine's processor.
+  const every = () => (document.querySelector("#chat-line [data-live]") ? ANSWERING_MS : EVERY_MS);
   async function loop() {
     if (document.visibilityState === "visible") await ask();
-    setTimeout(loop, EVERY_MS);
+    setTimeout(loop, every());
   }
 
   document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());

@@ -61,6 +61,11 @@ def answered(page: Page, text: str) -> str:
     return bots(page).last.inner_text()
 
 
+def new_chat(page: Page) -> None:
+    page.locator("#clear").click()
+    expect(users(page)).to_have_count(0)
+
+
 def settled(page: Page) -> None:
     """Wait until an answer that was asked for has begun and ended."""
     expect(page.locator("#message textarea")).to_have_value("")
@@ -120,10 +125,10 @@ def test_the_system_prompt_has_an_effect(server: Server, open_page: Callable[...
     page = open_page(server)
     question = "What is your name?"
     plain = answered(page, question)
-    page.locator("#clear").click()
+    new_chat(page)
     page.locator("#system textarea").fill("Your name is Captain Redbeard. You are a pirate.")
     assert "Redbeard" in answered(page, question)
-    page.locator("#clear").click()
+    new_chat(page)
     page.locator("#system textarea").fill("")
     assert answered(page, question) == plain  # greedy: without it the first answer again
     assert "Redbeard" not in plain
@@ -147,6 +152,27 @@ def test_an_edited_question_is_answered_anew(server: Server, open_page: Callable
     settled(page)
     expect(bots(page)).to_have_count(1)
     expect(users(page)).to_contain_text("France")
+
+
+def test_text_comes_between_two_renderings(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    stream(page)
+    page.wait_for_function(
+        """() => {
+          const line = document.querySelector('#chat-line [data-live]');
+          const tail = document.querySelector('#chatbot .tail');
+          const rendered = Number(line?.dataset.rendered ?? 0);
+          if (!rendered || !tail?.textContent.length) return false;
+          const shown = tail.closest('.md').textContent.length;
+          if (window.before?.rendered === rendered && shown > window.before.shown) return true;
+          window.before = {rendered, shown};
+          return false;
+        }""",
+        polling=100, timeout=60_000,
+    )  # fmt: skip
+    page.locator("#stop").click()
+    expect(page.locator("#chat-line")).to_contain_text("stopped", timeout=LOAD_MS)
+    expect(page.locator("#chatbot .tail")).to_have_count(0)
 
 
 def test_stop_keeps_what_has_come(server: Server, open_page: Callable[..., Page]) -> None:
