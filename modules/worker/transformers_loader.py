@@ -106,7 +106,7 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
     loaded_tokenizer = tokenizer.load(order, facts.config, progress)
 
     def make(kwargs: dict[str, Any], stage: str = "") -> tuple[Any, tuple[str, ...]]:
-        model = _load_weights(order, LoadArguments(kwargs), stage or _usual_stage(order), progress)
+        model = load_weights(order, LoadArguments(kwargs), stage or _usual_stage(order), progress)
         progress(Progress("checking what was loaded"))
         return model, verify(model, order, device.usable(order.options), kwargs)
 
@@ -255,7 +255,8 @@ def _usual_stage(order: LoadOrder) -> str:
     return "quantizing the weights" if quantization.on_the_fly(order.options) else "loading the weights"
 
 
-def _load_weights(order: LoadOrder, arguments: LoadArguments, stage: str, progress: Callable[[Progress], None]) -> Any:
+def load_weights(order: LoadOrder, arguments: LoadArguments, stage: str, progress: Callable[[Progress], None]) -> Any:
+    """Call ``from_pretrained``; the model in evaluation mode. Raises BrokenCheckpoint where tensors are missing."""
     for name, value in arguments.as_text().items():
         logger.info("%s: from_pretrained(%s=%s)", order.name, name, value)
     progress(Progress(stage))
