@@ -12,7 +12,6 @@ from modules.copies import QuantizedCopy
 from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS
 from modules.service import Service
 from modules.ui import shelf_card
-from modules.ui import shelf_card
 from modules.ui.common import QUIET, guarded, table
 from modules.units import format_bytes
 
@@ -23,7 +22,6 @@ def build(service: Service, tab: gr.Tab) -> None:
     with gr.Row(visible=False, equal_height=True) as row:
         copy = gr.Dropdown(choices=[], label="Quantized copy", elem_id="copy", scale=4)
         delete = gr.Button("🗑 Delete", size="sm", min_width=90, elem_id="copy-delete")
-    shelf_card.build(service, tab)
     shelf_card.build(service, tab)
     refresh = gr.Button("⟳ Refresh", size="sm", min_width=90, elem_id="session-refresh")
 
