@@ -17,6 +17,7 @@ from modules.service import Service
 from modules.units import format_bytes, format_seconds
 
 HERE = Path(__file__).resolve().parent.parent
+_POLL_S = 1.0
 
 
 def say(text: str) -> None:
@@ -119,6 +120,31 @@ def _draw(bar: Any, job: Job) -> None:
     bar.n = job.done_bytes
     bar.set_postfix_str(job.stage, refresh=False)
     bar.refresh()
+
+
+def merge(service: Service, name: str, max_shard_size: str) -> int:
+    """Write the model named at the start with its LoRAs merged in, and say where; 0. Raises what merging raises."""
+    model = _model_for("--merge", service)
+    view = service.view(model, source="command line")
+    if view.problem:
+        raise view.problem
+    merger = service.loras.merger
+    service.loras.merge(model, view.options.lora, name, max_shard_size)
+    said = ""
+    try:
+        while (state := merger.state()).running:
+            if state.progress and state.progress.stage != said:
+                say(said := state.progress.stage)
+            merger.wait(state.version, _POLL_S)
+    finally:
+        merger.cancel()  # where Ctrl-C ended the loop
+    if state.merged is None:
+        raise state.error or UserError("Nothing was merged.")
+    for note in state.merged.notes:
+        say(f"note: {note}")
+    say(f"{format_bytes(state.merged.size_bytes)}; {state.merged.tokens} tokens are those of the unmerged pair")
+    print(state.merged.path)
+    return 0
 
 
 def check(service: Service) -> int:

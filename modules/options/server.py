@@ -106,6 +106,14 @@ class CommandOptions:
     load_anyway: bool = option(
         "flag", False, "Load anyway", "Load --model even where the plan says that it does not fit.", group="command",
     )  # fmt: skip
+    merge: str = option(
+        "text", "", "Merge", "Write --model with --lora merged in as a new model of this name under models/, exit.",
+        group="command",
+    )  # fmt: skip
+    max_shard_size: str = option(
+        "text", "5GB", "Largest file", "With --merge: write the weights in files of at most this size.",
+        group="command",
+    )  # fmt: skip
     demo: bool = option(
         "flag", False, "Demo", "Bring the demo model, SmolLM2-135M-Instruct, into models/ and select it.",
         group="command",

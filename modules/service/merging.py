@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -109,11 +110,14 @@ class Merger:
                     self._process = process
                     cancelled = self._cancelled
                 if not cancelled:
-                    process.stdin.write(encode(order))
-                    process.stdin.flush()
+                    with contextlib.suppress(BrokenPipeError):  # it ended at once: its log tells why
+                        process.stdin.write(encode(order))
+                        process.stdin.flush()
                     if (merged := self._follow(process.stdout)) is not None:
                         return merged
             finally:
+                with contextlib.suppress(OSError):  # it is gone, with the order unread
+                    process.stdin.close()
                 _end(process)
                 _remove_leftovers(Path(order.out))
             log.seek(0)
@@ -140,12 +144,10 @@ class Merger:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Close its stdin, which ends it, and kill what is left of its group."""
-    try:
-        if process.stdin and not process.stdin.closed:
-            process.stdin.close()
-    except OSError:  # it was gone already, with the order unread
-        pass
+    """Ask the group to end, and kill it if it does not; nothing where it has ended."""
+    if process.poll() is not None:
+        return
+    process_group.terminate(process)
     try:
         process.wait(_END_S)
     except subprocess.TimeoutExpired:
@@ -154,6 +156,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """What a killed process could not remove itself: it writes beside ``out``, under its name and an ending."""
-    for leftover in out.parent.glob(f"{out.name}.partial*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """What a killed process could not remove itself."""
+    shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
