@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -157,16 +158,15 @@ def settle(order: Order) -> None:
             link(path, partial / path.relative_to(target))
     write_record(partial, order, earlier)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.path.lexists(target):
-        partial.rename(target)
-        return
     aside = partial.with_name(f"{partial.name}.replaced")
-    remove_tree(aside)
-    target.rename(aside)
+    if os.path.lexists(target):  # else it is new, or a kill came between the two renames
+        remove_tree(aside)
+        target.rename(aside)
     try:
         partial.rename(target)
     except OSError:
-        aside.rename(target)
+        if os.path.lexists(aside) and not os.path.lexists(target):
+            aside.rename(target)
         raise
     remove_tree(aside)
 
@@ -188,6 +188,16 @@ def _stale(order: Order, earlier: Record | None) -> set[str]:
     if earlier is None or earlier.commit == order.commit:
         return set()
     return {name for name in earlier.files if not name.endswith(".gguf")}
+
+
+def remove_forgotten(root: Path, known: set[str], older_than_s: float = 14 * 86_400) -> None:
+    """Remove what no download of ``known`` keys has touched for so long: nobody will go on with it."""
+    limit = time.time() - older_than_s
+    folder = root / ".cache" / "downloads"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if path.name.partition(".")[0] not in known and path.lstat().st_mtime < limit:
+                remove_tree(path) if path.is_dir() else path.unlink()
 
 
 def remove_tree(path: Path) -> None:

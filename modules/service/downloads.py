@@ -22,6 +22,7 @@ from modules.hub import (
     Repository,
     checks,
     choose,
+    keeping,
     parse,
     placing,
     tokens,
@@ -80,7 +81,14 @@ class Downloads:
 
     def start(self) -> None:
         """Go on with the downloads that were open when the server ended. Returns at once."""
-        threading.Thread(target=self.queue.start, name="downloads-start", daemon=True).start()
+        threading.Thread(target=self._start, name="downloads-start", daemon=True).start()
+
+    def _start(self) -> None:
+        self.queue.start()
+        known = {job.key for job in self.queue.jobs()}
+        for root in self._roots.values():
+            placing.remove_forgotten(root, known)
+            keeping.empty_trash(root)
 
     def alone(self) -> None:
         """For one download without a page: no other goes on, and none is remembered."""

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import ROOT, Server, wait_for
+from tests.e2e.conftest import ROOT, Server, start_server, wait_for
 from tests.hub_models import tiny_files, weights
 from tests.hub_server import TOKEN, Hub, Repo, folder_files
 from tests.loras import herring
@@ -23,23 +23,41 @@ FOLDER = "tester_SmolLM2-135M"
 MEDIUM = "tester/medium"  # of 20 MB
 
 
-@pytest.fixture
-def hub(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub with the demo model, which takes three seconds, and what the server needs to find it."""
+@pytest.fixture(scope="module")
+def hub(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A Hub with the demo model, which takes three seconds, and what a server needs to find it."""
     tensors = {"safetensors": {"parameters": {"BF16": 134_515_008}, "total": 134_515_008}, "downloads": 1000}
     files = {**folder_files(demo_model), "pytorch_model.bin": b"x" * 9000}
     repos = {
         NAME: Repo({"main": files}, info=tensors),
         MEDIUM: Repo({"main": {**tiny_files(), "model.safetensors": weights(rows=160_000)}}),
+        "tester/lora": Repo({"main": folder_files(herring())}),
         "tester/gated": Repo({"main": tiny_files()}, gated=True, accepted=frozenset({TOKEN})),
     }
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    with Hub(repos, bytes_per_second=90e6) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+    with pytest.MonkeyPatch.context() as environment, Hub(repos) as running:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            environment.delenv(name, raising=False)
+        environment.setenv("HF_ENDPOINT", running.url)
+        environment.setenv("HF_HUB_OFFLINE", "0")
+        environment.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
         yield running
+
+
+@pytest.fixture(autouse=True)
+def fast(hub: Hub) -> None:
+    """Each test begins with 90 MB/s, and no request before it."""
+    hub.bytes_per_second = 90e6
+    hub.requests.clear()
+
+
+@pytest.fixture(scope="module")
+def shared(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the tests that load nothing."""
+    home = tmp_path_factory.mktemp("home")
+    server = start_server(home, "--no-warm-worker")
+    yield server
+    server.process.terminate()
+    server.process.wait(15)
 
 
 def ask(page: Page, text: str) -> None:
@@ -90,11 +108,10 @@ def _percent(page: Page) -> int:
 
 
 def test_the_panel_survives_a_reload_pauses_refuses_and_takes_a_token(
-    hub: Hub, launch: Callable[..., Server], open_page: Callable[..., Page]
+    hub: Hub, shared: Server, open_page: Callable[..., Page]
 ) -> None:
     hub.bytes_per_second = 2e6
-    server = launch("--no-warm-worker")
-    page = open_page(server)
+    page = open_page(shared)
     ask(page, "tester/nothing")
     expect(page.locator("#hub-offer .error")).to_contain_text("There is no tester/nothing on the Hub")
     ask(page, "tester/gated")
@@ -114,35 +131,28 @@ def test_the_panel_survives_a_reload_pauses_refuses_and_takes_a_token(
     expect(page.locator("#job-0 [data-state=paused]")).to_be_visible()
     page.reload()
     expect(page.locator("#job-0 [data-state=paused]")).to_be_visible()
-    other = open_page(server)
+    other = open_page(shared)
     other.locator("#job-resume-0").click()
     expect(page.locator("#job-0 [data-state=running]")).to_be_visible()
     other.locator("#job-cancel-0").click()
     expect(page.locator("#job-0 [data-state=cancelled]")).to_be_visible()
-    wait_for(lambda: not list((server.home / "models" / ".cache" / "downloads").iterdir()), "nothing to be left")
+    wait_for(lambda: not list((shared.home / "models" / ".cache" / "downloads").iterdir()), "nothing to be left")
 
 
-def test_a_lora_is_in_its_menu_when_it_has_come(
-    hub: Hub, launch: Callable[..., Server], open_page: Callable[..., Page]
-) -> None:
-    hub.repos["tester/lora"] = Repo({"main": folder_files(herring())})
-    server = launch("--no-warm-worker")
-    page = open_page(server)
+def test_a_lora_is_in_its_menu_when_it_has_come(hub: Hub, shared: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared)
     ask(page, "tester/lora")
     expect(page.locator("#hub-offer")).to_contain_text("loras/tester_lora")
     page.locator("#hub-download").click()
-    expect(page.locator("#job-0 [data-state=done]")).to_be_visible(timeout=30_000)
+    expect(page.locator("[data-state=done]", has_text="tester_lora")).to_be_visible(timeout=30_000)
     page.locator("#loras input").click()
     expect(page.get_by_role("option", name="tester_lora")).to_be_visible()
 
 
-def test_the_shelf_verifies_and_deletes(
-    hub: Hub, launch: Callable[..., Server], open_page: Callable[..., Page]
-) -> None:
+def test_the_shelf_verifies_and_deletes(hub: Hub, shared: Server, open_page: Callable[..., Page]) -> None:
     hub.bytes_per_second = 0
-    server = launch("--no-warm-worker")
-    assert server.call("/v1/internal/download", {"repo": MEDIUM, "wait": True})[1]["state"] == "done"
-    page = open_page(server)
+    assert shared.call("/v1/internal/download", {"repo": MEDIUM, "wait": True})[1]["state"] == "done"
+    page = open_page(shared)
     page.get_by_role("tab", name="Session").click()
     expect(page.locator("#shelf")).to_contain_text(f"{MEDIUM}:main at ")
     page.locator("#shelf-model input").click()
@@ -157,7 +167,7 @@ def test_the_shelf_verifies_and_deletes(
     expect(page.locator("#shelf-yes")).to_contain_text("Delete tester_medium and its 20 MB")
     page.locator("#shelf-yes").click()
     expect(page.locator("#shelf-line")).to_contain_text("is deleted")
-    assert not (server.home / "models" / "tester_medium").exists()
+    assert not (shared.home / "models" / "tester_medium").exists()
 
 
 def test_after_a_kill_at_70_percent_little_is_fetched_twice(hub: Hub, launch: Callable[..., Server]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modules.errors import BrokenDownload, Busy, DiskFull, HubUnreachable, LoadstoneError, UnsafeCheckpoint, UserError
+from modules.hub import placing
 from modules.hub.fetching import Patience
 from modules.hub.job import Order
 from modules.hub.placing import read_record
@@ -168,6 +171,44 @@ def test_a_busy_hub_is_waited_for_as_it_asks(hub: Hub, tmp_path: Path, status: i
     told = fetch(order)
     assert "the connection failed; trying again in 1 s" in [stage for stage, _ in told]
     assert_whole(hub, order)
+
+
+def test_a_connection_that_brings_nothing_is_given_up(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modules.hub.fetching.SILENCE_S", 0.3)
+    hub.faults = {"model.safetensors": [Fault(stall=30_000)]}
+    order = order_for(hub, tmp_path)
+    fetch(order)
+    assert_whole(hub, order)
+    assert hub.sent_bytes("model.safetensors") == len(weights())
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(hub: Hub, tmp_path: Path) -> None:
+    """The old model is aside, the new one not yet in its place."""
+    fetch(order_for(hub, tmp_path))
+    hub.repos["user/model"].branches["main"]["model.safetensors"] = weights(seed=2)
+    order = order_for(hub, tmp_path)
+    target, partial = Path(order.target), Path(order.partial)
+    (target / "notes.txt").write_text("mine")
+    shutil.copytree(target, partial, ignore=shutil.ignore_patterns("model.safetensors", ".*"))
+    (partial / "model.safetensors").write_bytes(weights(seed=2))
+    target.rename(partial.with_name(f"{partial.name}.replaced"))
+    fetch(order)
+    assert (target / "model.safetensors").read_bytes() == weights(seed=2)
+    assert (target / "notes.txt").is_file()
+    assert not [path for path in partial.parent.iterdir() if path.is_dir()]
+
+
+def test_what_nobody_goes_on_with_is_removed_in_time(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "downloads"
+    for name in ("known", "old", "new"):
+        (folder / name).mkdir(parents=True)
+    (folder / "old.lock").touch()
+    for name in ("known", "old", "old.lock"):
+        os.utime(folder / name, (0, 0))
+    placing.remove_forgotten(tmp_path, {"known"})
+    assert {path.name for path in folder.iterdir()} == {"known", "new"}
 
 
 def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub: Hub, tmp_path: Path) -> None:
