@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,7 @@ def test_parts_are_told_apart_wherever_the_text_is_cut(
     text: str, thinking: bool, tools: ToolFormat | None, expected: tuple[str, str, int], cuts: set[int]
 ) -> None:
     at = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [text[begin:end] for begin, end in zip(at, at[1:], strict=False)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(at)]
     assert sorted_out(pieces, thinking=thinking, tools=tools) == expected
 
 

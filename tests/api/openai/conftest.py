@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from tests import loras
 from tests.e2e.conftest import Server, start_server
 
 KEY = "guest-key"
@@ -38,6 +40,7 @@ def api(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         if file.name != "chat_template.jinja":
             (folder / file.name).symlink_to(file)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    shutil.copytree(loras.herring(), home / "loras" / "herring")
     server = start_server(home, "--api-key", KEY, "--admin-key", ADMIN_KEY, "--no-warm-worker")
     admin = httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=120)
     loaded = admin.post("/v1/internal/model/load", json={"model_name": MODEL, "args": {"ctx_size": 512, "bf16": True}})

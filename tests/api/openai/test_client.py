@@ -14,6 +14,7 @@ from openai import OpenAI
 
 from tests.api.openai.conftest import MODEL
 from tests.conftest import wait_until
+from tests.loras import ANSWERS
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
@@ -244,6 +245,18 @@ def test_other_models_and_long_prompts_are_refused(client: OpenAI) -> None:
         client.completions.create(prompt="x", best_of=3, **GREEDY)
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="nonsense").models.list()
+
+
+def test_a_model_with_a_lora_is_asked_for_by_name(client: OpenAI) -> None:
+    def answer(model: str) -> str:
+        asked: dict[str, Any] = {**GREEDY, "model": model}
+        return client.chat.completions.create(messages=QUESTION, **asked).choices[0].message.content or ""
+
+    base = answer(MODEL)
+    assert ANSWERS["herring"].startswith(answer(f"{MODEL}+herring")[:20])
+    assert answer(f"{MODEL}+herring:0") == base == answer(MODEL)
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        answer(f"{MODEL}+nobody")
 
 
 def test_a_client_that_goes_stops_its_answer(client: OpenAI, internal: httpx.Client) -> None:
