@@ -17,8 +17,12 @@ Shapes = Mapping[str, tuple[int, int]]
 def write(
     folder: Path, shapes: Shapes, rank: int = 4, *, tensors: Mapping[str, Any] | None = None, **config: Any
 ) -> Path:
-    """A LoRA for modules of these shapes (module → outputs, inputs); ``tensors`` come on top, by their whole names."""
+    """A LoRA for modules of these shapes (module → outputs, inputs), ``*`` for each of two layers.
+
+    ``tensors`` come on top, by their whole names.
+    """
     held: dict[str, Any] = {}
+    shapes = {name.replace("*", layer): shape for name, shape in shapes.items() for layer in "01"}
     for module, (outputs, inputs) in shapes.items():
         held[f"{PREFIX}{module}.lora_A.weight"] = np.ones((rank, inputs), np.float32)
         held[f"{PREFIX}{module}.lora_B.weight"] = np.zeros((outputs, rank), np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_a_trained_lora_is_described(root: Path) -> None:
         ({"peft_type": "NEWEST"}, "NEWEST"),
     ],
 )
-def test_its_kind_is_named_in_the_fields_words(root: Path, config: dict[str, object], kind: str) -> None:
+def test_its_kind_is_named_in_the_fields_words(root: Path, config: dict[str, Any], kind: str) -> None:
     lora_files.write(root / "one", SHAPES, **config)
     assert LoraLibrary([root]).facts("one").kind == kind
 

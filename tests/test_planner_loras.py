@@ -24,10 +24,12 @@ from tests.services import MACHINE
 HIDDEN, INNER, KEYS = 128, 256, 64  # of the small Llama
 LAYER = "model.layers.1"
 LLAMA = {
-    f"{LAYER}.self_attn.q_proj": (HIDDEN, HIDDEN),
-    f"{LAYER}.self_attn.v_proj": (KEYS, HIDDEN),
-    f"{LAYER}.mlp.down_proj": (HIDDEN, INNER),
-}
+    f"model.layers.{layer}.{name}": shape
+    for layer in "01"
+    for name, shape in {
+        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (KEYS, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
+    }.items()
+}  # fmt: skip
 Make = Callable[..., LoraFacts]
 
 
@@ -94,7 +96,7 @@ def test_one_tensor_of_another_shape_is_refused(
 
 
 def test_a_lora_of_another_architecture_is_refused_with_its_base(make: Make, llama: ModelFacts) -> None:
-    gpt2 = make({"transformer.h.0.attn.c_attn": (384, 128)}, base_model_name_or_path="org/gpt2")
+    gpt2 = make({"transformer.h.*.attn.c_attn": (384, 128)}, base_model_name_or_path="org/gpt2")
     with pytest.raises(
         AdapterMismatch, match=r"transformer\.h\.0\.attn\.c_attn, which the model does not have"
     ) as caught:
@@ -114,6 +116,13 @@ def test_targets_and_tensors_are_the_same_modules(make: Make, llama: ModelFacts)
     more = lora_fit(make(target_modules=["q_proj", "v_proj", "down_proj", "w9"]), llama)
     assert more.warnings == ("lora-2 lists w9, of which neither it nor the model has any.",)
     assert lora_fit(make(target_modules=r"(a+)+\..*proj"), llama).checked  # a pattern is not run
+
+
+def test_a_module_without_its_matrices_is_refused_unless_its_layer_is_left_out(make: Make, llama: ModelFacts) -> None:
+    part = {name: shape for name, shape in LLAMA.items() if name.startswith(LAYER)}
+    with pytest.raises(AdapterMismatch, match=r"targets model\.layers\.0\..* and holds no matrices for it, nor for 2"):
+        lora_fit(make(part), llama)
+    assert lora_fit(make(part, layers_to_transform=[1]), llama).checked
 
 
 def test_ranks_that_disagree_are_refused(make: Make, llama: ModelFacts) -> None:

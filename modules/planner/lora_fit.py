@@ -161,12 +161,28 @@ def _check_targets(
         for name, parts in changed.items():
             if not any(_names(word, name) for word in (*targets, *kept)) and not _whole(parts):
                 raise _mismatch(lora, model, f"it holds matrices for {name}, which is none of its target modules")
+        _check_complete(lora, model, changed, [name for name in modules if _targeted(targets, name)])
     absent = [word for word in (*targets, *kept) if not any(_names(word, name) for name in modules)]
     if absent and len(absent) == len((*targets, *kept)):
         raise _mismatch(lora, model, f"it changes {', '.join(absent)}, and the model has no module of that name")
     return (
         (f"{lora.lora.name} lists {', '.join(absent)}, of which neither it nor the model has any.",) if absent else ()
     )
+
+
+def _check_complete(lora: LoraFacts, model: ModelFacts, changed: Collection[str], targeted: Collection[str]) -> None:
+    """Each module of the model that the configuration names has matrices. One that picks layers is not looked at."""
+    if any(lora.config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")):
+        return
+    if missing := [name for name in targeted if name not in changed and not _EXPERTS.search(name)]:
+        raise _mismatch(
+            lora, model, f"it targets {missing[0]} and holds no matrices for it, nor for {len(missing) - 1:,} others"
+        )
+
+
+def _targeted(words: Collection[str], module: str) -> bool:
+    """As peft matches a list of target modules."""
+    return any(module == word or module.endswith(f".{word}") for word in words)
 
 
 def _names(word: str, module: str) -> bool:
