@@ -66,7 +66,7 @@ class Fetch:
                 digest = self._until_there(file, part)
                 if file.hash and digest != file.hash:
                     kind = "SHA-256" if file.sha256 else "SHA-1"
-                    raise _Mismatch(f"its {kind} is {digest[:12]}…, not {file.hash[:12]}…")
+                    raise _Mismatch(f"its {kind} begins with {digest[:12]}, not {file.hash[:12]}")
                 part.rename(target)
                 return
             except _Mismatch as wrong:

@@ -86,7 +86,7 @@ def build() -> DownloadCard:
             task = _menu("Task", TASKS, "text-generation", "hub-task")
             size = _menu("Parameters", SIZES, "", "hub-size")
             sort = _menu("Order", SORTS, "downloads", "hub-sort")
-            fitting = gr.Checkbox(label="Fits this machine", elem_id="hub-fitting", min_width=120)
+            fitting = gr.Checkbox(label="Fits this machine", elem_id="hub-fitting", min_width=190)
         results = gr.Radio(choices=[], label="Found", visible="hidden", elem_id="hub-results")
         offer = gr.HTML(elem_id="hub-offer", padding=False)
         files = gr.Dropdown(
@@ -114,7 +114,7 @@ def build() -> DownloadCard:
 
 def _menu(label: str, words: Mapping[str, str], value: str, elem_id: str) -> gr.Dropdown:
     choices = [(word, key) for key, word in words.items()]
-    return gr.Dropdown(choices=choices, value=value, label=label, elem_id=elem_id, min_width=130)
+    return gr.Dropdown(choices=choices, value=value, label=label, elem_id=elem_id, min_width=190)
 
 
 def _slot(place: int) -> JobSlot:

@@ -18,11 +18,11 @@ from modules.units import format_bytes
 
 def build(service: Service, tab: gr.Tab) -> None:
     """Lay out and wire the tab; its content is made when it is opened and when Refresh is clicked."""
+    shelf_card.build(service, tab)
     content = gr.HTML(elem_id="session")
     with gr.Row(visible=False, equal_height=True) as row:
         copy = gr.Dropdown(choices=[], label="Quantized copy", elem_id="copy", scale=4)
         delete = gr.Button("🗑 Delete", size="sm", min_width=90, elem_id="copy-delete")
-    shelf_card.build(service, tab)
     refresh = gr.Button("⟳ Refresh", size="sm", min_width=90, elem_id="session-refresh")
 
     def shown() -> list[Any]:

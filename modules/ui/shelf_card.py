@@ -48,11 +48,11 @@ def build(service: Service, tab: gr.Tab) -> None:
         button.click(_on_a_model(partial(say, service)), outputs=line, **model)
     card.favourite.click(guarded(2, partial(_favoured, service)), card.model, lists, **QUIET)
     card.same.click(guarded(1, partial(_same, service)), None, line, show_progress="minimal", api_visibility="private")
-    asked = [card.sure, card.yes]
-    card.delete.click(guarded(2, partial(_ask, service)), card.model, asked, **QUIET)
+    doomed = gr.State("")  # what is asked about, whatever is chosen in the menu by now
+    card.delete.click(guarded(3, partial(_ask, service)), card.model, [card.sure, card.yes, doomed], **QUIET)
     card.no.click(lambda: gr.update(visible=False), None, card.sure, **QUIET)
     deleted = guarded(4, partial(_deleted, service))
-    card.yes.click(deleted, card.model, [*lists, card.sure, line], **QUIET)
+    card.yes.click(deleted, doomed, [*lists, card.sure, line], **QUIET)
 
 
 def _lay_out() -> ShelfCard:
@@ -142,7 +142,7 @@ def _favoured(service: Service, name: str | None) -> list[Any]:
 def _ask(service: Service, name: str | None) -> list[Any]:
     size = next((one.size_bytes for one in service.shelf.kept() if one.name == name), 0)
     words = f"Delete {name} and its {format_bytes(size)}" if name else ""
-    return [gr.update(visible=bool(name)), gr.update(value=words)]
+    return [gr.update(visible=bool(name)), gr.update(value=words), name or ""]
 
 
 def _deleted(service: Service, name: str | None) -> list[Any]:

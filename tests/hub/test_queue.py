@@ -39,7 +39,7 @@ def queue_in(folder: Path) -> Iterator[DownloadQueue]:
 def slow(hub: Hub) -> Hub:
     """A Hub that takes more than a second for its model."""
     hub.repos["user/model"].branches["main"] = {**tiny_files(), "model.safetensors": weights(rows=ROWS)}
-    hub.bytes_per_second = SIZE / 1.2
+    hub.bytes_per_second = SIZE
     return hub
 
 
@@ -76,7 +76,7 @@ def test_pause_and_resume(slow: Hub, tmp_path: Path) -> None:
         wait_until(lambda: not processes())
         assert time.monotonic() - begun < 2
         asked = len(slow.requests)
-        time.sleep(1)  # a while in which something would come, if anything still fetched
+        time.sleep(0.5)  # a while in which something would come, if anything still fetched
         assert len(slow.requests) == asked
         assert offered(tmp_path) == []
         queue.resume(key)

@@ -137,7 +137,7 @@ def test_what_the_hugging_face_cache_holds_is_linked(hub: Hub, tmp_path: Path) -
     assert_whole(hub, order)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 70_000), max_size=4), small=st.lists(st.integers(0, 5_002), max_size=2))
 def test_cut_connections_go_on_where_they_were_cut(
     hub: Hub, tmp_path_factory: pytest.TempPathFactory, cuts: list[int], small: list[int]
@@ -227,8 +227,8 @@ def test_a_wrong_byte_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "fault", "words"),
     [
-        ("model.safetensors", Fault(flip=40_000), "its SHA-256 is"),
-        ("config.json", Fault(flip=3), "its SHA-1 is"),
+        ("model.safetensors", Fault(flip=40_000), "its SHA-256 begins with"),
+        ("config.json", Fault(flip=3), "its SHA-1 begins with"),
         ("model.safetensors", Fault(short=100), "bytes, not"),
         ("model.safetensors", Fault(longer=100), "bytes, not"),
     ],
