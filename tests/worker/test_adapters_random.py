@@ -104,18 +104,20 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def memory_stays_within_its_bound(self) -> None:
         """Of everything that was ever attached, no more lives than what is bounded."""
-        held = {id(parameter) for parameter in self._adapter_parameters()}
-        assert len(self.one.adapters._attached) <= KEPT + len(self.asked)
+        attached = self.one.adapters._attached.values()
+        assert len(attached) <= KEPT + len(self.asked)
+        keys = {adapter.key for adapter in attached}
+        held = {id(parameter) for name, parameter in self._adapter_parameters() if keys & set(name.split("."))}
         if not set(self._seen) <= held:
             gc.collect()
         assert set(self._seen) <= held
 
-    def _adapter_parameters(self) -> list[torch.nn.Parameter]:
-        """Those of all attached adapters, also while their layers are not in the model."""
+    def _adapter_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What the layers of peft hold beside the model's own, whether they are in the model or not."""
         wrappings = self.one.adapters._wrappings.values()
         layers = [layer for wrapping in wrappings for layer in wrapping._wrappers.values()]
-        found = [p for layer in layers for name, p in layer.named_parameters() if ".adapter" in f".{name}"]
-        self._seen.update({id(parameter): parameter for parameter in found})
+        found = [(name, p) for layer in layers for name, p in layer.named_parameters() if ".adapter" in f".{name}"]
+        self._seen.update({id(parameter): parameter for _, parameter in found})
         return found
 
 
