@@ -30,6 +30,7 @@
     │   ├── PortInUse                the port for the page is taken
     │   ├── UnsupportedParameter     a request asks for what this server or this model does not do
     │   ├── RequestTooLarge          the request's body is too long to be looked at
+    │   ├── Overloaded               too many answers are waited for already
     │   └── AccessRefused            the request came from a place, or from somebody, that may not ask
     │       ├── LoginRequired        … without a login or a key that is known
     │       └── TooManyAttempts      … after too many that were wrong
@@ -293,6 +294,13 @@ class RequestTooLarge(UserError):
     status = 413
     title = "The request is too large"
     remedy = "Send less at a time."
+
+
+class Overloaded(UserError):
+    kind = "overloaded"
+    status = 503
+    title = "Too many are waiting"
+    remedy = "Try again in a while."
 
 
 class InternalError(LoadstoneError):

@@ -13,21 +13,21 @@ from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import ChatBody
 from modules.api.openai.orders import chat_orders
-from modules.api.openai.running import Collected, Running, collect
+from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, token_bytes, usage
 from modules.api.openai.streaming import stream
 from modules.protocol import Done, Piece
 from modules.service import Service
 
 
-def router(service: Service) -> APIRouter:
+def router(service: Service, lane: Lane) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
     @routes.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         orders = await run_in_threadpool(chat_orders, service, body)
-        running = Running(service, orders, request)
+        running = Running(service, lane, orders, request)
         name = body.model or _loaded(service)
         if body.stream:
             return await stream(_events(running, body, name, len(orders)))

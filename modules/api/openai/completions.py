@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import MOST_PROMPTS, CompletionBody
 from modules.api.openai.orders import completion_orders, prompts
-from modules.api.openai.running import Collected, Running, collect
+from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, usage
 from modules.api.openai.streaming import stream
 from modules.errors import OptionError
@@ -20,7 +20,7 @@ from modules.protocol import Done, GenerateOrder, Piece
 from modules.service import Service
 
 
-def router(service: Service) -> APIRouter:
+def router(service: Service, lane: Lane) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
@@ -32,7 +32,7 @@ def router(service: Service) -> APIRouter:
         fronts = await run_in_threadpool(_fronts, service, body, orders)
         loaded = service.snapshot().loaded
         name = body.model or (loaded.order.name if loaded else "")
-        running = Running(service, orders, request)
+        running = Running(service, lane, orders, request)
         if body.stream:
             return await stream(_events(running, body, name, fronts))
         answers = await collect(running, len(orders))

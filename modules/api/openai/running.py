@@ -11,17 +11,46 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from modules.errors import Cancelled, InternalError, LoadstoneError
+from modules.errors import Cancelled, InternalError, LoadstoneError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service
 
 log = logging.getLogger(__name__)
 
 
-class Running:
-    """The answers to several orders as they come, from threads of their own to the event loop."""
+MOST_ANSWERS = 256  # under way and waiting; each holds a thread
 
-    def __init__(self, service: Service, orders: Sequence[GenerateOrder], request: Request) -> None:
+
+class Lane:
+    """How many answers are under way and waiting, of all requests together."""
+
+    def __init__(self, most: int = MOST_ANSWERS) -> None:
+        self._most = most
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    def enter(self, count: int) -> None:
+        """Take ``count`` places. Raises Overloaded where there are not so many."""
+        with self._lock:
+            if self._inside + count > self._most:
+                raise Overloaded(f"{self._inside} answers are waited for, and no more than {self._most} may be.")
+            self._inside += count
+
+    def leave(self) -> None:
+        """Give one place back."""
+        with self._lock:
+            self._inside -= 1
+
+
+class Running:
+    """The answers to several orders as they come, from threads of their own to the event loop.
+
+    Raises Overloaded where too many are waited for already.
+    """
+
+    def __init__(self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request) -> None:
+        lane.enter(len(orders))
+        self._lane = lane
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()
         self._stops = [threading.Event() for _ in orders]  # one each: an answer sets its own when it ends
@@ -42,6 +71,8 @@ class Running:
         except Exception as error:
             log.exception("an answer failed")
             self._tell(index, InternalError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._lane.leave()
 
     def _tell(self, index: int, chunk: Chunk | LoadstoneError) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
