@@ -55,17 +55,11 @@ class ModelTab:
 
     @property
     def follows_view(self) -> list[Any]:
-        """What :func:`view_updates` updates."""
+        """What :func:`view_updates` updates. The page applies this in order: who sees the summary sees all of it."""
         return [
+            *self.form.widgets, self.stretch, *self.ways, self.anyway, self.shown_code, self.code, self.fit,
             self.summary,
-            self.fit,
-            self.code,
-            self.shown_code,
-            self.stretch,
-            *self.ways,
-            self.anyway,
-            *self.form.widgets,
-        ]
+        ]  # fmt: skip
 
 
 def build(service: Service) -> ModelTab:
@@ -124,13 +118,13 @@ def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bo
         value=f"Stretch the context to {view.context_tokens:,}: alpha_value {alpha:g}",
     )
     return [
-        cards.summary(view),
-        cards.fit_card(view, service.measure()),
-        cards.code_list(view),
-        {file.name: file.sha256 for file in view.facts.code_files} if view.facts else {},
+        *form_updates(tab.form, view, with_values=with_values),
         stretch,
         *_way_updates(view),
-        *form_updates(tab.form, view, with_values=with_values),
+        {file.name: file.sha256 for file in view.facts.code_files} if view.facts else {},
+        cards.code_list(view),
+        cards.fit_card(view, service.measure()),
+        cards.summary(view),
     ]
 
 
@@ -199,9 +193,9 @@ def show_selected(tab: ModelTab, service: Service, model: str | None) -> list[An
     """A model was chosen: its own options, its facts."""
     view = service.view(model or "")
     return [
-        *view_updates(tab, service, view, with_values=True),
-        *state_updates(service, model),
         *group_updates(tab.form, view),
+        *state_updates(service, model),
+        *view_updates(tab, service, view, with_values=True),
     ]
 
 
@@ -232,4 +226,4 @@ def opened_outputs(tab: ModelTab) -> list[Any]:
 
 
 def selected_outputs(tab: ModelTab) -> list[Any]:
-    return [*tab.follows_view, *tab.follows_state, *tab.form.groups.values()]
+    return [*tab.form.groups.values(), *tab.follows_state, *tab.follows_view]
