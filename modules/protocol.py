@@ -60,6 +60,26 @@ class AdapterChoice:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a plan says that a load takes on one kind of device, GPUs together; all in bytes.
+
+    ``kind`` tells apart loads that differ by different amounts: ``4bit (bfloat16) from a copy on RAM``.
+    ``context_bytes``: the KV cache and working memory at the full context. ``loading_bytes``: the most while loading.
+    ``correction_bytes`` is in all of these: what earlier loads have taught.
+    """
+
+    kind: str
+    steady_bytes: int  # weights and the process
+    context_bytes: int
+    loading_bytes: int
+    correction_bytes: int = 0
+
+    def peak_bytes(self, used_share: float = 1.0) -> int:
+        """The worst moment where ``used_share`` of the context has been used."""
+        return max(self.loading_bytes, self.steady_bytes + int(self.context_bytes * min(1.0, used_share)))
+
+
+@dataclass(frozen=True)
 class LoadOrder:
     """Everything a worker needs to load one model. Paths are absolute; bytes are bytes."""
 
@@ -78,6 +98,7 @@ class LoadOrder:
     quantized_cache: bool = False  # read and keep quantized copies under cache_dir
     notes: tuple[str, ...] = ()  # what was left out or has no effect; the report's notes begin with them
     adapters: tuple[AdapterChoice, ...] = ()  # applied before the model is ready; one that cannot be fails the load
+    expected: tuple[Expected, ...] = ()  # what the plan says it will take
 
 
 @dataclass(frozen=True)
@@ -180,11 +201,13 @@ class DecodeOrder:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the worker holds. ``gpu_bytes`` by GPU in the order that the machine lists them."""
+    """What the worker holds, and at most held. ``gpu_…`` by GPU in the order that the machine lists them: what
+    torch has reserved, without the context of 0.3 to 0.5 GiB."""
 
     rss_bytes: int
     peak_rss_bytes: int
     gpu_bytes: tuple[int, ...] = ()
+    gpu_peak_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +47,12 @@ class Calibration:
     logits_copies: float = 3.0
     ram_to_gpu_bytes_per_s: float = 12e9  # over PCI Express, from memory that is not pinned
     disk_bytes_per_s: float = 2e9
+    gpu_correction_bytes: int = 0  # what loads like this one have taken more on each GPU, by earlier loads
+    ram_correction_bytes: int = 0
+
+    def corrected(self, *, gpu_bytes: int, ram_bytes: int) -> Calibration:
+        """With what earlier loads have shown, for one kind of load."""
+        return replace(self, gpu_correction_bytes=gpu_bytes, ram_correction_bytes=ram_bytes)
 
 
 DEFAULT = Calibration()

@@ -120,7 +120,8 @@ def solve(question: Question) -> Answer:
         process += calibration.bitsandbytes_ram_bytes
     room = rooms(
         question.machine, options, working_bytes=working,
-        gpu_fixed_bytes=calibration.gpu_fixed_bytes, ram_fixed_bytes=process,
+        gpu_fixed_bytes=max(0, calibration.gpu_fixed_bytes + calibration.gpu_correction_bytes),
+        ram_fixed_bytes=max(0, process + calibration.ram_correction_bytes),
         # A checkpoint that bitsandbytes quantized is refused with layers beside the GPU.
         may_offload=checkpoint.quantization != "bitsandbytes", quantizes=question.quantizes,
     )  # fmt: skip

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from modules.devices import Machine
 from modules.errors import OutOfMemory
 from modules.library import ModelFacts
 from modules.options import LoadOptions
-from modules.planner import Plan, plan
+from modules.planner import DEFAULT, Plan, plan
 from modules.planner.adapters import Adapters
+from modules.planner.learning import Measurement
+from modules.protocol import Expected
+from modules.service.learned import Learned
 from modules.supervisor import Loaded
 from modules.units import format_bytes
 
@@ -23,6 +27,8 @@ class Fit:
     plan: Plan
     beside: bool = False
     ends_first: str = ""  # the model that is unloaded first to make room
+    expected: tuple[Expected, ...] = ()
+    last: tuple[Measurement, ...] = ()  # what the last load of this kind took, by device
 
     @property
     def fits(self) -> bool:
@@ -41,20 +47,31 @@ class Fit:
 
 def fit_of(
     facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Loaded | None,
-    adapters: Adapters = (),
+    adapters: Adapters = (), learned: Learned | None = None,
 ) -> Fit:  # fmt: skip
-    """The plan beside ``loaded`` where that surely fits, else the plan for when ``loaded`` has ended."""
+    """The plan beside ``loaded`` where that surely fits, else the plan for when ``loaded`` has ended.
 
-    def planned(on: Machine) -> Plan:
-        return plan(facts, options, on, ctx_tokens=ctx_tokens, adapters=adapters)
+    ``learned``: what earlier loads have taught; None: nothing.
+    """
+
+    def planned(on: Machine, **rest: Any) -> Fit:
+        made = plan(facts, options, on, ctx_tokens=ctx_tokens, adapters=adapters)
+        if learned is None:
+            return Fit(made, **rest)
+        calibration = learned.calibration(made, options, machine)
+        if calibration != DEFAULT:
+            made = plan(facts, options, on, ctx_tokens=ctx_tokens, adapters=adapters, calibration=calibration)
+        expected = learned.expected(made, options, calibration)
+        return Fit(made, expected=expected, last=learned.last(expected, machine), **rest)
 
     if loaded is None:
-        return Fit(planned(machine))
-    beside = planned(_with_less(machine))
+        return planned(machine)
+    beside = planned(_with_less(machine), beside=True)
     if beside.fits:
-        return Fit(beside, beside=True)
-    alone = planned(without(machine, loaded))
-    return Fit(alone, ends_first=loaded.order.name if loaded.order.name != facts.model.name else "")
+        return beside
+    return planned(
+        without(machine, loaded), ends_first=loaded.order.name if loaded.order.name != facts.model.name else ""
+    )
 
 
 def without(machine: Machine, loaded: Loaded) -> Machine:

@@ -6,8 +6,7 @@ what was saved the settings'. Every method may be called from any thread.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,31 +17,22 @@ from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, Mo
 from modules.library import Library, Model, ModelFacts
 from modules.library.loras import LoraLibrary
 from modules.options import (
-    GENERATION_OPTIONS,
     LOAD_OPTIONS,
     Circumstances,
-    GenerationOptions,
     LoadOptions,
     check,
     context_tokens,
     parse_values,
 )
 from modules.protocol import (
-    DECODE,
-    ENCODE,
-    ChatMessages,
-    Chunk,
-    CountOrder,
-    DecodeOrder,
-    EncodeOrder,
-    GenerateOrder,
     LoadOrder,
 )
+from modules.service.answering import Answering
 from modules.service.badges import Badges
 from modules.service.downloads import Downloads
 from modules.service.fit import Fit, fit_of, refusal, without
+from modules.service.learned import Learned
 from modules.service.loras import LoraPlan, Loras
-from modules.service.pump import Pump
 from modules.service.shelf import Shelf
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
@@ -51,7 +41,7 @@ from modules.supervisor import Snapshot, Supervisor
 Source = Literal["page", "api", "command line"]
 
 
-class Service:
+class Service(Answering):
     """See the module. ``flags`` are the loader's and generation's values given on the command line."""
 
     def __init__(
@@ -76,6 +66,7 @@ class Service:
         self.loras = Loras(loras or LoraLibrary([]), library, supervisor, models_dir=cache_dir.parent)
         self.downloads = Downloads(library, cache_dir.parent, cache_dir.parent.parent / "loras", measure, self.snapshot)
         self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.snapshot)
+        self.learned = Learned(cache_dir)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
         self._quantized_cache = quantized_cache
@@ -138,7 +129,8 @@ class Service:
         return View(
             name, facts, options, resolved.origin, _reasons(facts, options, machine),
             notes=(*notes, *loras.notes), problem=found, context_tokens=tokens, loras=loras,
-            fit=fit_of(facts, options, tokens, machine, self.snapshot().loaded, loras.adapters) if facts else None,
+            fit=fit_of(facts, options, tokens, machine, self.snapshot().loaded, loras.adapters, self.learned)
+            if facts else None,
             code_allowed=bool(facts and self._code_allowed(facts, resolved.options, resolved.origin)),
         )  # fmt: skip
 
@@ -236,7 +228,7 @@ class Service:
             ctx_tokens=view.context_tokens, offload_dir=view.options.disk_cache_dir or str(self._cache_dir / "offload"),
             cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
             code_hashes={file.name: file.sha256 for file in facts.code_files} if by_hashes else {},
-            device_map=dict(fit.plan.device_map) if fit.fits else {},
+            device_map=dict(fit.plan.device_map) if fit.fits else {}, expected=fit.expected if fit.fits else (),
             quantized_cache=self._quantized_cache, notes=view.notes, adapters=view.loras.choices,
         )  # fmt: skip
 
@@ -301,56 +293,6 @@ class Service:
         }
         values.pop("model", None)
         return self.settings.save(name, values)
-
-    def generation_defaults(self) -> GenerationOptions:
-        return self._generation({})
-
-    def _generation(self, values: Mapping[str, Any]) -> GenerationOptions:
-        layers = {**self.settings.generation_values, **self._generation_flags}
-        given = {**layers, **{key: GENERATION_OPTIONS[key].parse(value) for key, value in values.items()}}
-        return GenerationOptions(**given)
-
-    # --- using what is loaded ---
-
-    def generate(
-        self,
-        values: Mapping[str, Any],
-        *,
-        messages: Sequence[Mapping[str, str]] = (),
-        prompt: str = "",
-        continue_last: bool = False,
-        loras: Sequence[str] | None = None,
-        stopped: threading.Event | None = None,
-    ) -> Iterator[Chunk]:
-        """An answer as it comes: Piece …, then Done. Setting ``stopped`` or closing the iterator ends it.
-
-        ``loras``: answer with this set, this once; empty: with the base model; None: with the active set.
-        Raises NothingLoaded, WorkerCrashed and what the worker answers with.
-        """
-        chat: ChatMessages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        adapters = None if loras is None else self.loras.checked(loras)
-        order = GenerateOrder(self._generation(values), chat, prompt, continue_last, adapters)
-        yield from Pump(self.supervisor, order, stopped or threading.Event()).chunks()
-
-    def generation(self, values: Mapping[str, Any]) -> GenerationOptions:
-        """The generation options that these values give, over this machine's defaults. Raises OptionError."""
-        return self._generation(values)
-
-    def stream(self, order: GenerateOrder, stopped: threading.Event) -> Iterator[Chunk]:
-        """As :meth:`generate`, for an order that says more than the page's do."""
-        yield from Pump(self.supervisor, order, stopped).chunks()
-
-    def count(self, order: CountOrder) -> int:
-        """How many tokens a prompt has for the loaded model. Raises NothingLoaded."""
-        return self.supervisor.count(order)
-
-    def encode(self, text: str) -> list[int]:
-        """The loaded model's token ids of a text. Raises NothingLoaded."""
-        return [int(token) for token in self.supervisor.ask(ENCODE, EncodeOrder(text))["tokens"]]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the loaded model's token ids. Raises NothingLoaded, and OptionError for an unknown id."""
-        return str(self.supervisor.ask(DECODE, DecodeOrder(tuple(tokens)))["text"])
 
 
 def _circumstances(facts: ModelFacts | None, options: LoadOptions, machine: Machine) -> Circumstances:

@@ -11,6 +11,7 @@ from modules.devices import Machine
 from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, adapters_in_words, changed
 from modules.planner import DevicePlan
+from modules.planner.learning import Measurement
 from modules.service import Fit, View
 from modules.supervisor import Loaded, Snapshot, State
 from modules.ui.common import table
@@ -198,11 +199,22 @@ def fit_card(view: View, machine: Machine) -> str:
     if view.fit:
         parts.append(f'<div class="{"ok" if view.fit.fits else "bad"}">{escape(view.fit.verdict)}</div>')
         parts.append(_plan_table(view.fit))
+        parts += [f'<div class="small">{escape(_last_load(one))}</div>' for one in view.fit.last]
     if view.problem:
         parts.append(error_box(view.problem))
     notes = view.fit.plan.notes if view.fit else ()
     parts.append(_notes((*view.notes, *notes)))
     return "".join(parts) + "</div>"
+
+
+def _last_load(one: Measurement) -> str:
+    """How good the plan of the last load of this kind was."""
+    off = f"{abs(one.error):.0%} too {'much' if one.error > 0 else 'little'}" if abs(one.error) >= 0.005 else "right"
+    device = one.kind.rsplit(" ", 1)[1]
+    return (
+        f"Last time, {one.model} took {format_bytes(one.measured_bytes)} of {device} at most; "
+        f"{format_bytes(one.corrected_bytes)} were planned: {off}."
+    )
 
 
 _KINDS = (("weights", "weights_bytes"), ("context", "kv_cache_bytes"), ("working", "working_bytes"),

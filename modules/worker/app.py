@@ -158,7 +158,7 @@ class Worker:
     def memory(self) -> Memory:
         """What the process holds now, GPUs included once a model is loaded."""
         rss_bytes, peak_rss_bytes = memory_of_this_process()
-        return Memory(rss_bytes, peak_rss_bytes, _gpu_bytes() if self._loaded else ())
+        return Memory(rss_bytes, peak_rss_bytes, *(_gpu_bytes() if self._loaded else ()))
 
 
 def _adapters(loaded: Loaded) -> Adapters:
@@ -167,12 +167,13 @@ def _adapters(loaded: Loaded) -> Adapters:
     return Adapters(loaded.model, loaded.tokenizer, loaded.order)
 
 
-def _gpu_bytes() -> tuple[int, ...]:
-    """What torch has reserved on each GPU; the context, some 0.3–0.5 GiB, comes on top. Creates no context."""
+def _gpu_bytes() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What torch has reserved on each GPU now, and at most. Creates no context on a GPU."""
     cuda = sys.modules["torch"].cuda
     if not cuda.is_initialized():
-        return ()
-    return tuple(int(cuda.memory_reserved(gpu)) for gpu in range(cuda.device_count()))
+        return (), ()
+    gpus = range(cuda.device_count())
+    return tuple(int(cuda.memory_reserved(g)) for g in gpus), tuple(int(cuda.max_memory_reserved(g)) for g in gpus)
 
 
 def _as_loadstone(error: Exception, what: str) -> LoadstoneError:

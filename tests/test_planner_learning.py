@@ -1,0 +1,88 @@
+"""What earlier loads teach the plan: interpolated between sizes, kept beyond them, applied to the fixed costs alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modules.devices import Machine
+from modules.options import LoadOptions
+from modules.planner import DEFAULT, Checkpoint, plan, read_checkpoint
+from modules.planner.learning import Measurement, calibrated, correction, expected, kind_of
+from tests import planner_checkpoints
+
+MIB = 2**20
+MACHINE = Machine((), 64 * 2**30, 64 * 2**30, 2**40)
+OPTIONS = LoadOptions()
+SIZES = st.integers(100 * MIB, 100_000 * MIB)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Checkpoint:
+    return read_checkpoint(planner_checkpoints.checkpoint("llama"))
+
+
+def took(planned: int, measured: int, kind: str = "k", model: str = "m") -> Measurement:
+    return Measurement(model, kind, "machine", planned, planned, measured, 100, 0.0)
+
+
+def test_nothing_measured_changes_nothing(llama: Checkpoint) -> None:
+    assert correction([], 500 * MIB) == 0
+    planned = plan(llama, OPTIONS, MACHINE, ctx_tokens=1024)
+    assert calibrated(planned, [], from_copy=False) == DEFAULT
+    assert calibrated(planned, [took(1, 100, "of another kind")], from_copy=False) == DEFAULT
+
+
+def test_between_two_sizes_it_is_interpolated_beyond_them_kept() -> None:
+    known = [took(1000, 1100), took(3000, 3500)]
+    assert [correction(known, size) for size in (10, 1000, 2000, 3000, 90_000)] == [100, 100, 300, 500, 500]
+
+
+def test_of_several_loads_of_one_size_the_median_counts() -> None:
+    known = [took(1000, 1100), took(1001, 1050), took(1002, 9000)]
+    assert 48 <= correction(known, 1000) <= 100
+
+
+@given(st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=8), SIZES)
+def test_never_further_than_any_load_was_off(loads: list[tuple[int, int]], size: int) -> None:
+    differences = [measured - planned for planned, measured in loads]
+    found = correction([took(*load) for load in loads], size)
+    assert min(differences) - 1 <= found <= max(differences) + 1
+
+
+def test_a_correction_is_put_down_to_the_process_and_weights_stay_counted(llama: Checkpoint) -> None:
+    before = plan(llama, OPTIONS, MACHINE, ctx_tokens=1024)
+    (ram,) = expected(before, DEFAULT, from_copy=False)
+    known = [took(ram.peak_bytes(), ram.peak_bytes() - 50 * MIB, ram.kind)]
+    calibration = calibrated(before, known, from_copy=False)
+    after = plan(llama, OPTIONS, MACHINE, ctx_tokens=1024, calibration=calibration)
+    assert after.peak_bytes == before.peak_bytes - 50 * MIB
+    assert after.weights_bytes == before.weights_bytes
+    (corrected,) = expected(after, calibration, from_copy=False)
+    assert corrected.peak_bytes() - corrected.correction_bytes == ram.peak_bytes()
+
+
+def test_no_correction_makes_the_process_smaller_than_nothing(llama: Checkpoint) -> None:
+    calibration = DEFAULT.corrected(gpu_bytes=0, ram_bytes=-(2**40))
+    planned = plan(llama, OPTIONS, MACHINE, ctx_tokens=1024, calibration=calibration)
+    assert all(device.fixed_bytes >= 0 for device in planned.devices)
+    assert planned.peak_bytes >= planned.weights_bytes
+
+
+@pytest.mark.parametrize("used", [0.0, 0.25, 1.0])
+def test_less_context_used_takes_less(llama: Checkpoint, used: float) -> None:
+    (ram,) = expected(plan(llama, OPTIONS, MACHINE, ctx_tokens=4096), DEFAULT, from_copy=False)
+    assert ram.peak_bytes(used) == max(ram.loading_bytes, ram.steady_bytes + int(ram.context_bytes * used))
+
+
+def test_kinds_tell_precision_copy_and_device_apart(llama: Checkpoint) -> None:
+    options = [
+        OPTIONS, replace(OPTIONS, bf16=True), replace(OPTIONS, load_in_8bit=True), replace(OPTIONS, load_in_4bit=True),
+        replace(OPTIONS, load_in_4bit=True, use_double_quant=True),
+    ]  # fmt: skip
+    plans = [plan(llama, each, MACHINE, ctx_tokens=1024) for each in options]
+    kinds = {kind_of(each, "RAM", from_copy=copied) for each in plans for copied in (False, True)}
+    assert len(kinds) == 2 * len(options)
