@@ -170,15 +170,19 @@ def about(names: Sequence[str], offers: Sequence[LoraOffer]) -> str:
 
 
 def state_updates(service: Service, model: str | None, *, doing: str = "") -> list[Any]:
-    """Updates for ``card.follows_state``. ``doing``: what is under way, in words."""
+    """Updates for ``card.follows_state``. ``doing``: what is under way, in words.
+
+    Without a model, as while the page is being filled in, nothing is said of what belongs to the chosen one.
+    """
     snapshot = service.snapshot()
     loaded = snapshot.loaded
     ready = loaded is not None and not busy(snapshot) and not doing
     ours = loaded is not None and loaded.order.name == model
+    active = as_text(entries_of(loaded.order.adapters)) if loaded and ours else ""
     return [
         f'<div class="small">{escape(doing)}</div>' if doing else proof(snapshot),
-        as_text(entries_of(loaded.order.adapters)) if loaded and ours else "",
-        gr.update(interactive=ready and ours),
+        active if model else gr.skip(),
+        gr.update(interactive=ready and ours) if model else gr.skip(),
         gr.update(interactive=ready and bool(loaded and loaded.order.adapters)),
         *merge_updates(service.loras.merger.state()),
     ]

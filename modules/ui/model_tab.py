@@ -50,8 +50,8 @@ class ModelTab:
     @property
     def follows_state(self) -> list[Any]:
         """What :func:`state_updates` updates."""
-        return [self.card, self.load, self.unload, self.reload, self.cancel, self.fix, self.allow_code,
-                *self.loras.follows_state]  # fmt: skip
+        buttons = [self.load, self.unload, self.reload, self.cancel, self.fix, self.allow_code]
+        return [self.card, *buttons, *self.loras.follows_state]
 
     @property
     def follows_view(self) -> list[Any]:
