@@ -39,10 +39,6 @@ def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
-    @routes.get("/healthz")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
-
     @routes.get("/v1/internal/model/status")
     async def status() -> dict[str, Any]:
         state = brief(service.snapshot(), service.loras.merger.state().version)
@@ -56,6 +52,15 @@ def router(service: Service) -> APIRouter:
     def info() -> dict[str, Any]:
         return describe(service.snapshot())
 
+    @routes.get("/healthz")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    _add_loading(routes, service)
+    return routes
+
+
+def _add_loading(routes: APIRouter, service: Service) -> None:
     @routes.post("/v1/internal/model/load")
     def load(body: LoadBody) -> dict[str, Any]:
         service.load(body.model_name, body.args, source="api", anyway=body.anyway)
@@ -80,8 +85,6 @@ def router(service: Service) -> APIRouter:
             raise AssertionError("a view of a model without a problem has a plan")
         planned = view.fit.plan
         return {**planned.to_dict(), "fits": view.fit.fits, "notes": [*view.notes, *planned.notes]}
-
-    return routes
 
 
 def brief(snapshot: Snapshot, merge_version: int = 0) -> dict[str, Any]:

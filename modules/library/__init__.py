@@ -26,6 +26,9 @@ def default_hf_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
+_LONGEST_NAME = 255  # bytes that file systems take; beyond it looking is an error
+
+
 class Library:
     """The models under ``roots`` and in the Hugging Face cache. May be used from any thread."""
 
@@ -86,6 +89,8 @@ class Library:
         """A folder or file of that name in a root that is not among the models."""
         parts = PurePosixPath(name).parts
         if not 1 <= len(parts) <= 3 or any(part.startswith((".", "/")) or "\\" in part for part in parts):
+            return None
+        if any(len(part.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for part in parts):
             return None
         for root in self.roots:
             path = root.joinpath(*parts)

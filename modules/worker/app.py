@@ -7,7 +7,7 @@ import hmac
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -320,6 +320,16 @@ async def _applied(worker: Worker, order: AdaptersOrder) -> AdaptersReport:
     return await waiting
 
 
+def _quick(command: Callable[[T], Any], kind: type[T], key: str) -> Callable[[Request], Awaitable[Response]]:
+    """The handler of a command that waits for no generation; its result is answered under ``key``."""
+
+    async def answer(request: Request) -> Response:
+        order = await _order(request, kind)
+        return JSONResponse({key: await run_in_threadpool(command, order)})
+
+    return answer
+
+
 def make_app(worker: Worker, secret: str) -> ASGIApp:
     """The ASGI app with the routes of the protocol, behind the secret."""
 
@@ -331,21 +341,9 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         worker.loaded()
         return Answer(worker, await _order(request, GenerateOrder))
 
-    async def count(request: Request) -> Response:
-        order = await _order(request, CountOrder)
-        return JSONResponse({"tokens": await run_in_threadpool(worker.count, order)})
-
     async def adapters(request: Request) -> Response:
         report = await _applied(worker, await _order(request, AdaptersOrder))
         return Response(encode(report), media_type="application/json")
-
-    async def encoded(request: Request) -> Response:
-        order = await _order(request, EncodeOrder)
-        return JSONResponse({"tokens": await run_in_threadpool(worker.encode, order)})
-
-    async def decoded(request: Request) -> Response:
-        order = await _order(request, DecodeOrder)
-        return JSONResponse({"text": await run_in_threadpool(worker.decode, order)})
 
     async def memory(_: Request) -> Response:
         return Response(encode(worker.memory()), media_type="application/json")
@@ -354,9 +352,9 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         Route(LOAD, load, methods=["POST"]),
         Route(GENERATE, generate, methods=["POST"]),
         Route(ADAPTERS, adapters, methods=["POST"]),
-        Route(COUNT, count, methods=["POST"]),
-        Route(ENCODE, encoded, methods=["POST"]),
-        Route(DECODE, decoded, methods=["POST"]),
+        Route(COUNT, _quick(worker.count, CountOrder, "tokens"), methods=["POST"]),
+        Route(ENCODE, _quick(worker.encode, EncodeOrder, "tokens"), methods=["POST"]),
+        Route(DECODE, _quick(worker.decode, DecodeOrder, "text"), methods=["POST"]),
         Route(MEMORY, memory, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {LoadstoneError: _refuse, Exception: _refuse}

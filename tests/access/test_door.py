@@ -220,3 +220,46 @@ def test_behind_a_proxy_under_a_path(demo_model: Path, tmp_path: Path) -> None:
             assert config["root"] == "https://llm.example.org/llm"
             assert client.get(f"{before}/v1/models", headers={**forwarded, **cookie}).status_code == 200
         assert client.get("/llmodels").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "name", ["../demo", "/etc/passwd", "..", "models/../../x", "demo/../../..", "C:\\x", "\0", "a" * 9000, "ä" * 200]
+)
+def test_names_do_not_leave_their_folders(client: TestClient, name: str) -> None:
+    for path, body in (
+        ("/v1/internal/model/load", {"model_name": name}),
+        ("/v1/internal/model/plan", {"model_name": name}),
+        ("/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "x"}]}),
+    ):
+        answer = client.post(path, json=body, headers=KEYS[Role.ADMIN])
+        assert 400 <= answer.status_code < 500, (path, answer.text)
+        assert "root:" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "settings.yaml", "models/demo/config.json", "../../../etc/passwd"])
+def test_files_are_not_served(client: TestClient, path: str) -> None:
+    for role in Role:
+        for way in ("/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/"):
+            answer = client.get(f"{way}{path}", headers=KEYS[role])
+            assert answer.status_code >= 400, (role, way)
+
+
+def test_a_chat_of_very_many_messages_is_refused_at_once(client: TestClient) -> None:
+    messages = '{"role":"user","content":""},' * 999_999 + '{"role":"user","content":"x"}'
+    headers = {**KEYS[Role.GUEST], "content-type": "application/json"}
+    answer = client.post("/v1/chat/completions", content=f'{{"messages":[{messages}]}}', headers=headers)
+    assert answer.status_code in (400, 413)
+    assert answer.json()["error"]["message"]
+
+
+def test_half_characters_are_refused_and_break_nothing(client: TestClient) -> None:
+    half = b'"\\ud800"'
+    headers = {**KEYS[Role.ADMIN], "content-type": "application/json"}
+    for path, body in (
+        ("/v1/internal/model/load", b'{"model_name": %s}'),
+        ("/v1/internal/encode", b'{"text": %s}'),
+        ("/v1/completions", b'{"prompt": %s}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": %s}]}'),
+    ):
+        answer = client.post(path, content=body % half, headers=headers)
+        assert 400 <= answer.status_code < 500, (path, answer.text)
