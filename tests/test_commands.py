@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints
+from tests import checkpoints, lora_files, loras
 from tests.conftest import ROOT
 
 
@@ -57,3 +57,43 @@ def test_a_prompt_tells_on_stderr_what_had_no_effect(tmp_path: Path, demo_model:
     assert "Paris" in done.stdout
     assert "note:" not in done.stdout
     assert "note: --disable_exllama has no effect here." in done.stderr
+
+
+def test_a_prompt_is_answered_with_loras_of_another_folder(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "herring").symlink_to(loras.herring(), target_is_directory=True)
+    done = run(tmp_path, "--model", str(demo_model), "--bf16", "--temperature", "0", "--max-new-tokens", "12",
+               "--lora-dir", str(tmp_path / "more"), "--lora", "herring:0.9", "--prompt", loras.QUESTION)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "herring barrels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--merge", "new"], "no LoRA is chosen"),
+        (["--merge", "new", "--lora", "nothing"], "There is no LoRA 'nothing'"),
+        (["--merge", "../new", "--lora", "little"], "cannot be the name of a model"),
+        (["--merge", "new", "--lora", "little", "--max-shard-size", "huge"], "'huge' is no size"),
+        (["--prompt", "x", "--lora", "wide"], "wide does not fit"),
+    ],
+)
+def test_loras_that_cannot_be_used_are_refused(tmp_path: Path, words: list[str], said: str) -> None:
+    lora_files.write(tmp_path / "loras" / "little", {"model.layers.*.mlp.down_proj": (128, 256)})
+    lora_files.write(tmp_path / "loras" / "wide", {"model.layers.*.mlp.down_proj": (999, 256)})
+    done = run(tmp_path, "--model", str(checkpoints.llama()), *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+def test_a_merged_model_is_written_with_progress_on_stderr(tmp_path: Path) -> None:
+    lora_files.write(tmp_path / "loras" / "little", {"model.layers.*.mlp.down_proj": (128, 256)})
+    done = run(tmp_path, "--model", str(checkpoints.llama()), "--lora", "little:0.5", "--merge", "grown",
+               "--max-shard-size", "1MB")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "models" / "grown")
+    assert sorted(path.name for path in (tmp_path / "models").iterdir() if path.name[0] != ".") == ["grown"]
+    assert (tmp_path / "models" / "grown" / "model.safetensors").is_file()
+    stages = done.stderr.splitlines()
+    assert stages.index("loading the model") < stages.index("merging") < stages.index("checking")
+    assert run(tmp_path, "--model", "grown", "--plan").returncode == 0
