@@ -63,7 +63,8 @@ class Spec:
         try:
             parsed: Any = (_gib if self.kind == "number" and self.unit == "GiB" else _PARSERS[self.kind])(value)
         except (TypeError, ValueError, OverflowError):
-            raise OptionError(f"{self.flag} takes {self.takes}, not {value!r}.") from None
+            shown = "what was given" if self.secret else repr(value)
+            raise OptionError(f"{self.flag} takes {self.takes}, not {shown}.") from None
         self._check_choice(parsed)
         for number in parsed if isinstance(parsed, tuple) else (parsed,):
             self._check_bounds(number)

@@ -11,7 +11,7 @@ from modules.access import Credential, Credentials, Role, from_options, new_pass
 from modules.access.attempts import FREE, LONGEST_S, Attempts
 from modules.access.sessions import Sessions, set_cookie
 from modules.errors import OptionError
-from modules.options import ServerOptions
+from modules.options import SERVER_OPTIONS, ServerOptions
 
 
 def basic(user: str, password: str) -> str:
@@ -150,3 +150,9 @@ def test_a_cookie_is_for_this_site_and_no_script() -> None:
     for part in ("HttpOnly", "SameSite=Lax", "Secure", "Path=/llm/"):
         assert part in cookie
     assert "Secure" not in set_cookie("t", path="/", secure=False)
+
+
+def test_a_key_in_a_settings_file_that_is_no_text_is_not_shown() -> None:
+    with pytest.raises(OptionError, match="--api-key takes a text") as caught:
+        SERVER_OPTIONS["api_key"].parse(271828)
+    assert "271828" not in str(caught.value)

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from modules.api.openai.problems import error_body
-from modules.errors import Cancelled, LoadstoneError
+from modules.errors import LoadstoneError
 
 Events = AsyncIterator[dict[str, Any]]
 
@@ -30,8 +30,6 @@ async def _lines(first: dict[str, Any], events: Events) -> AsyncIterator[bytes]:
     try:
         async for event in events:
             yield _line(event)
-    except Cancelled:
-        return  # the client has gone, or the model was unloaded
     except LoadstoneError as error:
         yield _line(error_body(error)[1])
         return
