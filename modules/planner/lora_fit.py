@@ -51,22 +51,22 @@ def lora_fit(lora: LoraFacts, model: ModelFacts) -> LoraFit:
         raise AdapterError(
             f"{name} is of the kind {lora.kind}, which cannot be applied.", "LoRA, DoRA, rsLoRA, LoHa and LoKr can."
         )
-    warnings = _base_warning(lora, model)
     checkpoint = from_facts(model)
     if not model.tensors or model.model.file_format == "gguf" or not layout_of(checkpoint).exact:
-        return LoraFit(warnings, checked=False)
+        return LoraFit(_base_warning(lora, model, "whether its shapes fit is seen when it is applied"), checked=False)
     modules = modules_of(checkpoint)
     changed = {name: parts for name, parts in _by_module(lora).items() if not _EXPERTS.search(name)}
     for module, parts in changed.items():
         _check_module(lora, model, modules, module, parts)
-    return LoraFit((*warnings, *_check_targets(lora, model, changed, modules)))
+    warnings = _check_targets(lora, model, changed, modules)
+    return LoraFit((*_base_warning(lora, model, "its shapes fit"), *warnings))
 
 
-def _base_warning(lora: LoraFacts, model: ModelFacts) -> tuple[str, ...]:
+def _base_warning(lora: LoraFacts, model: ModelFacts, but: str) -> tuple[str, ...]:
     own = model.model.name.rpartition("/")[2]
     if not lora.base_name or lora.base_name.casefold() == own.casefold():
         return ()
-    return (f"{lora.lora.name} was trained on {lora.base_name}, not on {own}; its shapes fit.",)
+    return (f"{lora.lora.name} was trained on {lora.base_name}, not on {own}; {but}.",)
 
 
 # --- the model ---
