@@ -215,7 +215,10 @@ class DownloadQueue:
         running = self._running[key]
         order = self._jobs[key].order
         with tempfile.TemporaryFile() as log_file:
-            status = self._follow(key, order, running, log_file)
+            try:
+                status = self._follow(key, order, running, log_file)
+            except OSError as error:  # no process could be started
+                status, running.error = 1, InternalError(f"The download's process cannot be started: {error}.")
             log_file.seek(max(0, log_file.tell() - 4000))
             details = log_file.read().decode(errors="replace")
         with self._lock:
