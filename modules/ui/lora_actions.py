@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,15 +19,14 @@ from modules.ui.model_tab import ModelTab, labelled, model_choices
 
 POLL_S = 0.25
 # In the browser, so that a click on Apply or Load that follows at once finds the set as it was chosen.
-_CHOSEN = """(menu, text) => {
-  const split = (entry) => { const found = entry.match(/^(.*):([^:]+)$/);
+_OLD = """const split = (entry) => { const found = entry.match(/^(.*):([^:]+)$/);
     return found && found[2].trim() && isFinite(found[2]) ? [found[1], found[2]] : [entry, '1']; };
-  const weights = new Map(JSON.parse(text || '[]').map(split));
-  const set = JSON.stringify((menu ?? []).map((name) => `${name}:${weights.get(name) ?? 1}`));
-  return [set, set]; }"""
-_WEIGHED = """(menu, ...weights) => {
-  const set = JSON.stringify((menu ?? []).map((name, place) => `${name}:${weights[place] ?? 1}`));
-  return [set, set]; }"""
+  const old = new Map(JSON.parse(text || '[]').map(split));"""
+_SET = """const set = JSON.stringify((menu ?? []).map((name, place) => `${name}:${weight(name, place)}`));
+  return [set, set];"""
+_CHOSEN = f"(menu, text) => {{ {_OLD} const weight = (name) => old.get(name) ?? 1; {_SET} }}"
+_WEIGHED = f"""(menu, text, ...weights) => {{ {_OLD}
+  const weight = (name, place) => (place < weights.length ? weights[place] : old.get(name)) ?? 1; {_SET} }}"""
 
 
 def _same(one: str | None, other: str | None) -> bool:
@@ -106,7 +106,7 @@ def _follow(service: Service) -> Iterator[list[Any]]:
         yield lora_card.merge_updates(state)
         if not state.running:
             if state.merged:
-                inform(f"{state.merged.path.rpartition('/')[2]} is in the model menu.")
+                inform(f"{Path(state.merged.path).name} is in the model menu.")
             return
         service.loras.merger.wait(state.version, POLL_S)
 
@@ -122,7 +122,7 @@ def wire(tab: ModelTab, service: Service) -> None:
     text = tab.form.fields["lora"]
     names, before = gr.State([]), gr.State("")
     card.menu.input(None, [card.menu, text], [text, card.typed], js=_CHOSEN, **QUIET)
-    weighed = [card.menu, *card.weights]
+    weighed = [card.menu, text, *card.weights]
     gr.on(edits(card.weights), None, weighed, [text, card.typed], js=_WEIGHED, trigger_mode="multiple", **QUIET)
     shown: dict[str, Any] = {"inputs": [tab.model, text, card.typed, names], "outputs": [*card.follows_set, names]}
     gr.on(
