@@ -25,6 +25,9 @@ from modules.ui.model_tab import (
 )
 
 POLL_S = 0.25
+# What fills in the form goes one after another, in the order that it was asked for: an answer to an earlier question
+# must not overtake a later one.
+_IN_ORDER: dict[str, Any] = {"concurrency_id": "form", "concurrency_limit": 1, **QUIET}
 
 
 def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
@@ -153,7 +156,7 @@ def wire(tab: ModelTab, service: Service) -> None:
         return guarded(outputs, partial(action, tab, service))
 
     changed, load = partial(_changed, tab, service), partial(_load, tab, service)
-    selected = tab.model.input(partial(show_selected, tab, service), tab.model, selected_outputs(tab), **QUIET)
+    selected = tab.model.input(partial(show_selected, tab, service), tab.model, selected_outputs(tab), **_IN_ORDER)
     autoload = partial(_autoload, tab, service)
     selected.then(autoload, [tab.model, tab.autoload, *tab.form.widgets], tab.follows_state, **QUIET)
     gr.on(
@@ -163,16 +166,21 @@ def wire(tab: ModelTab, service: Service) -> None:
     )  # fmt: skip
     gr.on(
         [*edits(tab.form.widgets), tab.loras.typed.change],
-        changed, inputs, tab.follows_view, trigger_mode="always_last", **QUIET,
+        changed, inputs, tab.follows_view, trigger_mode="always_last", **_IN_ORDER,
     )  # fmt: skip
     _wire_loading(tab, service, inputs, changed, load)
-    for place, way in enumerate(tab.ways):
-        take = guarded(shown, partial(_take_way, tab, service, place))
-        way.click(take, inputs, tab.follows_view, **QUIET)
-    tab.stretch.click(bound(_stretched), inputs, tab.follows_view, **QUIET)
-    tab.save.click(bound(_save), inputs, tab.follows_view, **QUIET)
-    tab.forget.click(bound(_forget), tab.model, tab.follows_view, **QUIET)
-    tab.import_legacy.click(bound(_import, shown + 1), tab.model, [tab.import_legacy, *tab.follows_view], **QUIET)
+    filled = [
+        tab.stretch.click(bound(_stretched), inputs, tab.follows_view, **_IN_ORDER),
+        *(
+            way.click(guarded(shown, partial(_take_way, tab, service, place)), inputs, tab.follows_view, **_IN_ORDER)
+            for place, way in enumerate(tab.ways)
+        ),
+    ]
+    for event in filled:  # leaving a field by the click may have asked for what stood there before it
+        event.then(changed, inputs, tab.follows_view, **_IN_ORDER)
+    tab.save.click(bound(_save), inputs, tab.follows_view, **_IN_ORDER)
+    tab.forget.click(bound(_forget), tab.model, tab.follows_view, **_IN_ORDER)
+    tab.import_legacy.click(bound(_import, shown + 1), tab.model, [tab.import_legacy, *tab.follows_view], **_IN_ORDER)
 
 
 def _wire_loading(
@@ -185,7 +193,7 @@ def _wire_loading(
     acted = [
         gr.on([tab.load.click, *submits], load, inputs, **acts),
         tab.anyway.click(partial(load, anyway=True), inputs, **acts),
-        tab.fix.click(fixed, inputs, tab.form.widgets, **QUIET).then(load, inputs, **acts),
+        tab.fix.click(fixed, inputs, tab.form.widgets, **_IN_ORDER).then(load, inputs, **acts),
         tab.allow_code.click(partial(_allow_and_load, tab, service), [tab.shown_code, *inputs], **acts),
         *(
             button.click(partial(_act, service, action), tab.model, **acts)
@@ -196,4 +204,4 @@ def _wire_loading(
         tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **QUIET),
     ]  # fmt: skip
     for event in acted:
-        event.then(changed, inputs, tab.follows_view, **QUIET)
+        event.then(changed, inputs, tab.follows_view, **_IN_ORDER)

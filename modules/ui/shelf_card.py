@@ -97,7 +97,8 @@ def shelf_html(kept: list[Kept]) -> str:
     if not kept:
         return small("No models yet.")
     rows = [(f"★ {one.name}" if one.favourite else one.name, _described(one)) for one in kept]
-    return table(rows) + small(f"{len(kept)} models, {format_bytes(sum(one.size_bytes for one in kept))}")
+    size = format_bytes(sum(one.size_bytes for one in kept))
+    return table(rows) + small(f"{len(kept)} model{'s' if len(kept) != 1 else ''}, {size}")
 
 
 def _described(one: Kept) -> str:
