@@ -126,8 +126,8 @@ class Worker:
         try:
             with self._using(loaded, order.adapters):
                 generate(loaded, order, emit, stopped)
-        except LoadstoneError as error:  # of the set: an answer's own errors are chunks already
-            emit(Failed(error))
+        except Exception as error:  # of the set: an answer's own errors are chunks already
+            emit(Failed(_as_loadstone(error, "The LoRAs could not be used")))
 
     def _using(self, loaded: Loaded, choices: tuple[AdapterChoice, ...] | None) -> AbstractContextManager[None]:
         if self._adapters is None and not choices:
