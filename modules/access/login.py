@@ -49,7 +49,8 @@ def page(*, with_names: bool, user: str = "", problem: str = "") -> str:
     alert = f'<div role="alert">{escape(problem)}</div>' if problem else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Loadstone: log in</title>
-<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
 <body><main><h1>Loadstone</h1><p>{hint}</p>
 <form method="post" action="login">{name}
 <label for="password">Password{" or key" if with_names else ""}</label>
