@@ -34,6 +34,7 @@ class Base:
         self.one = one
         self.text = one.text()
         self.logits = one.logits()
+        self.trainable = {name for name, parameter in one.model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.fixture(
@@ -82,6 +83,7 @@ def test_after_removal_all_is_as_before_the_first_to_the_bit(base: Base) -> None
     assert torch.equal(one.logits(), base.logits)
     assert one.text() == base.text
     assert not hasattr(one.model, "peft_config")
+    assert {name for name, p in one.model.named_parameters() if p.requires_grad} == base.trainable
 
 
 def test_the_weight_counts_and_zero_is_the_base(base: Base) -> None:
