@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from modules.demo import DEMO_MODEL
 from modules.options import LoadOptions
 from modules.protocol import LoadOrder
 
@@ -132,6 +133,29 @@ def _llama(folder: Path, **save: Any) -> None:
 def llama() -> Path:
     """Plain safetensors, bfloat16; the tokenizer is slow-only (tokenizer.model)."""
     return kept("llama-2", _llama)
+
+
+def _speaking_llama(folder: Path, **sizes: Any) -> None:
+    """A Llama of some size with random weights, and the demo model's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    config = llama_config(vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True, **sizes)
+    new_model(AutoModelForCausalLM, config).save_pretrained(folder)
+    for file in (FIXTURES / "models" / DEMO_MODEL).glob("*token*"):
+        shutil.copy(file, folder)
+
+
+def small_llama() -> Path:
+    """A quarter of the demo model's size; needs the demo model to be there."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 10, "intermediate_size": 1024, "num_attention_heads": 6}
+    return kept("small-llama", lambda folder: _speaking_llama(folder, **sizes))
+
+
+def large_llama() -> Path:
+    """Nearly twice the demo model's size; needs the demo model to be there."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 18, "intermediate_size": 2816, "num_attention_heads": 16,
+             "num_key_value_heads": 4}  # fmt: skip
+    return kept("large-llama", lambda folder: _speaking_llama(folder, **sizes))
 
 
 def sharded() -> Path:

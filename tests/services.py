@@ -11,9 +11,11 @@ from modules import flags
 from modules.devices import Machine
 from modules.library import Library
 from modules.library.loras import LoraLibrary
+from modules.planner.learning import Measurement
 from modules.service import Service
 from modules.settings import CodeApprovals, Settings
 from modules.supervisor import Supervisor
+from tests.conftest import wait_until
 
 MACHINE = Machine(gpus=(), ram_total_bytes=16 * 2**30, ram_free_bytes=12 * 2**30, disk_free_bytes=2**40)
 Make = Callable[..., Service]
@@ -73,3 +75,31 @@ def services(home: Path, demo_model: Path) -> Iterator[Make]:
     finally:
         for one in made:
             one.supervisor.close()
+
+
+@contextmanager
+def learning_service(models: Path) -> Iterator[Service]:
+    """A service whose plans learn from its loads, with real workers and quantized copies under ``models``."""
+    service = Service(
+        Library([models]), Settings(models.parent / "settings.yaml", models),
+        CodeApprovals(models / ".cache" / "allowed-code.json"), Supervisor(warm_worker=False), CountedMeasure(),
+        cache_dir=models / ".cache", quantized_cache=True,
+    )  # fmt: skip
+    try:
+        yield service
+    finally:
+        service.supervisor.close()
+
+
+def measured_load(service: Service, name: str, values: dict[str, Any]) -> Measurement:
+    """Load, read a prompt that fills the context, unload: what was planned for it and what it took."""
+    service.load(name, values)
+    loaded = service.supervisor.wait_loaded(300).loaded
+    assert loaded is not None, service.snapshot().error
+    prompt = "word " * (loaded.order.ctx_tokens - 16)
+    for _ in service.generate({"max_new_tokens": 8, "temperature": 0}, prompt=prompt):
+        pass
+    wait_until(lambda: any(one.time >= loaded.since for one in service.learned.last(loaded.order.expected, MACHINE)))
+    service.unload()
+    (ram,) = service.learned.last(loaded.order.expected, MACHINE)
+    return ram
