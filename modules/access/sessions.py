@@ -7,7 +7,6 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from http.cookies import CookieError, SimpleCookie
 
 from modules.access.credentials import Role
 
@@ -49,12 +48,13 @@ def _hash(token: str) -> bytes:
 
 
 def token_in(cookies: str) -> str:
-    """The token in a Cookie header; "" for none."""
-    try:
-        found = SimpleCookie(cookies).get(COOKIE)
-    except CookieError:
-        return ""
-    return found.value if found else ""
+    """The token in a Cookie header; "" for none.
+
+    Not by http.cookies, which gives up at the first cookie that it does not like: on localhost those of other
+    programs come along, and some hold JSON.
+    """
+    pairs = (part.partition("=") for part in cookies.split(";"))
+    return next((value.strip() for name, _, value in pairs if name.strip() == COOKIE), "")
 
 
 def set_cookie(token: str, *, path: str, secure: bool) -> str:

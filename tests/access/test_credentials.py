@@ -145,6 +145,17 @@ def test_sessions_end() -> None:
     assert sessions.role(cookies) is None
 
 
+@pytest.mark.parametrize(
+    "other", ['a={"x":1}', "valueless", "path=/x", "a=b c", "[x]=1", 'a="q', "x=loadstone-login=1"]
+)
+def test_cookies_of_other_programs_on_this_host_log_nobody_out(other: str) -> None:
+    sessions = Sessions()
+    mine = f"loadstone-login={sessions.begin(Role.ADMIN)}"
+    assert sessions.role(f"{other}; {mine}") is Role.ADMIN
+    assert sessions.role(f"{mine}; {other}") is Role.ADMIN
+    assert sessions.role(other) is None
+
+
 def test_a_cookie_is_for_this_site_and_no_script() -> None:
     cookie = set_cookie("t", path="/llm/", secure=True)
     for part in ("HttpOnly", "SameSite=Lax", "Secure", "Path=/llm/"):
