@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from urllib.parse import parse_qs, quote
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,7 +17,7 @@ from modules.access.credentials import Credentials, Role
 from modules.access.hosts import Hosts, refusal
 from modules.access.rules import OPEN_ROUTES, guest_may
 from modules.access.sessions import Sessions, set_cookie
-from modules.errors import AccessRefused, LoadstoneError, LoginRequired, RequestTooLarge, TooManyAttempts
+from modules.errors import AccessRefused, Cancelled, LoadstoneError, LoginRequired, RequestTooLarge, TooManyAttempts
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 _MOST_LOGIN_BYTES = 8 * 2**10
@@ -145,8 +145,7 @@ class AccessMiddleware:
             return RedirectResponse(f"{self._subpath}/", 303)
         if request.method != "POST":
             return self._page()
-        fields = parse_qs((await _body(request)).decode("utf-8", "replace"), max_num_fields=8)
-        user, secret = (fields.get(name, [""])[0] for name in ("user", "password"))
+        user, secret = await _user_and_secret(request)
         client = _client(request.scope)
         try:
             self._slow_down(client)
@@ -186,14 +185,20 @@ def _client(scope: Scope) -> str:
     return str(client[0]) if client else ""
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a login. Raises RequestTooLarge."""
+async def _user_and_secret(request: Request) -> tuple[str, str]:
+    """What a login sends, each "" where it is left out. Raises RequestTooLarge, and Cancelled when the client goes."""
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _MOST_LOGIN_BYTES:
-            raise RequestTooLarge("A login is shorter than that.")
-    return body
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _MOST_LOGIN_BYTES:
+                raise RequestTooLarge("A login is shorter than that.")
+        fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
+    except ClientDisconnect:
+        raise Cancelled("The client has gone.") from None
+    except ValueError:  # more fields than that
+        raise RequestTooLarge("A login has a name and a password.") from None
+    return fields.get("user", [""])[0], fields.get("password", [""])[0]
 
 
 def _refused(error: LoadstoneError) -> Response:

@@ -199,6 +199,7 @@ def test_a_body_that_is_too_long_is_not_read(client: TestClient) -> None:
 
     assert client.post("/v1/chat/completions", content=endless(), headers=headers).status_code in (400, 413)
     assert client.post("/login", content=b"password=" + b"x" * 10_000).status_code == 413
+    assert client.post("/login", content=b"&".join(b"a%d=1" % n for n in range(9))).status_code == 413
 
 
 def test_behind_a_proxy_under_a_path(demo_model: Path, tmp_path: Path) -> None:
