@@ -59,6 +59,6 @@ class Attempts:
                 self._records.popitem(last=False)
 
     def succeeded(self, client: str) -> None:
-        """That address knows a secret: its typos are forgotten."""
+        """That address knows an administrator's secret: its typos are forgotten."""
         with self._lock:
             self._records.pop(client, None)

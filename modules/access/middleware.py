@@ -136,7 +136,7 @@ class AccessMiddleware:
     def _note(self, client: str, role: Role | None) -> None:
         if role is None:
             self._attempts.failed(client)
-        else:
+        elif role is Role.ADMIN:  # a guest's own key must not win fresh guesses at the administrator's
             self._attempts.succeeded(client)
 
     async def _login(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from modules import web
 from modules.access import MOST_BYTES, AccessMiddleware, Role
+from modules.access.attempts import FREE, Attempts
 from modules.access.rules import GUEST_ROUTES, OPEN_ROUTES, guest_may
 from modules.options import ServerOptions
 from tests.services import services
@@ -30,6 +31,8 @@ def door(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator
 
 @pytest.fixture
 def client(door: AccessMiddleware) -> Iterator[TestClient]:
+    """Its wrong attempts are the first ones."""
+    door._attempts = Attempts()
     with fresh(door) as one:
         yield one
 
@@ -162,6 +165,14 @@ def test_guessing_is_slowed_down_for_the_right_password_too(demo_model: Path, tm
         assert client.get("/v1/models", headers=KEYS[Role.GUEST]).status_code == 429
         page = client.post("/login", data={"user": "root", "password": "one"})
         assert (page.status_code, "Try again in" in page.text) == (429, True)
+
+
+def test_a_guests_key_wins_no_fresh_guesses(client: TestClient) -> None:
+    for number in range(FREE):
+        assert client.get("/v1/models", headers=KEYS[Role.GUEST]).status_code == 200
+        wrong = client.get("/v1/models", headers={"authorization": f"Bearer {number}"})
+        assert wrong.status_code == 401
+    assert client.get("/v1/models", headers={"authorization": "Bearer x"}).status_code == 429
 
 
 @pytest.mark.parametrize(
