@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
 
+from modules.api.openai.bodies import FIRST, Body
 from modules.service import Service
 
 
-class TextBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextBody(Body):
     text: str
 
 
-class TokensBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    tokens: list[int]
+class TokensBody(Body):
+    tokens: Annotated[list[int], FIRST]
 
 
 def router(service: Service) -> APIRouter:

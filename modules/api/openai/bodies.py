@@ -1,51 +1,73 @@
-"""What OpenAI's clients send. A field that stands in no class here is refused by its name."""
+"""What OpenAI's clients send. A field that stands in no class here is refused by its name.
+
+Each thing that is wrong becomes an error of 1 kB, 300 times the bytes that were sent, so what can hold millions of them
+stops at the first (lists) or is counted before it is looked at (objects).
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_MESSAGES = 10_000
 MOST_CHOICES = 16
 MOST_PROMPTS = 32
+MOST_FIELDS = 2000  # of one JSON object
 
+FIRST = Field(fail_fast=True)
+
+
+def _not_too_many(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        raise PydanticCustomError("too_many", "{count} fields are too many", {"count": len(value)})
+    return value
+
+
+Few = BeforeValidator(_not_too_many)
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stops = str | Annotated[list[str], Field(max_length=16)] | None
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], FIRST]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Takes its own fields alone."""
+
     model_config = ConfigDict(extra="forbid", strict=False)
 
+    _few = model_validator(mode="before")(_not_too_many)
 
-class StreamOptions(_Body):
+
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Body):
+class CalledFunction(Body):
     name: str
     arguments: str
 
 
-class ToolCall(_Body):
+class ToolCall(Body):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(_Body):
+class Message(Body):
     """Of an assistant's, ``reasoning_content`` is taken as it was given out, and not shown to the model again."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FIRST] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
@@ -61,28 +83,28 @@ class Message(_Body):
         return self.content or ""
 
 
-class Function(_Body):
+class Function(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Body):
+class Tool(Body):
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(_Body):
+class ChosenFunction(Body):
     name: str
 
 
-class ToolChoice(_Body):
+class ToolChoice(Body):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     name: str
@@ -91,12 +113,12 @@ class JsonSchema(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class Sampling(_Body):
+class Sampling(Body):
     """What chat and completions share. ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's.
 
     ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` name somebody or something and change no
@@ -115,35 +137,33 @@ class Sampling(_Body):
     repetition_penalty: Annotated[float, Field(ge=1, le=3)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Few] | None = None
     seed: int | None = None
     stop: Stops = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Few] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
 
 
 class ChatBody(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FIRST] | None = None
     store: Literal[False] | None = None
 
 
 class CompletionBody(Sampling):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Annotated[list[str], FIRST] | TokenIds | Annotated[list[TokenIds], FIRST]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
