@@ -82,10 +82,13 @@ class DownloadQueue:
             return self._jobs[key]
 
     def shown(self) -> int:
-        """A number that changes with what a page shows of the downloads."""
-        with self._lock:
-            jobs = self._jobs.values()
-            return crc32(repr([(j.key, j.state.value, j.done_bytes, j.stage, str(j.error)) for j in jobs]).encode())
+        """A number that changes with what a page shows of the downloads.
+
+        Without the lock, which is held while files are written and removed: the event loop asks for it. A list is made
+        of the jobs in one step, and none of them changes.
+        """
+        jobs = list(self._jobs.values())
+        return crc32(repr([(j.key, j.state.value, j.done_bytes, j.stage, str(j.error)) for j in jobs]).encode())
 
     def wait_for(self, key: str, told: Callable[[Job], None] | None = None) -> Job:
         """The job once it is not open any more, or paused. ``told`` is given each change."""
