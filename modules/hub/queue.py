@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 from zlib import crc32
 
-from modules.errors import InternalError, LoadstoneError, ModelInUse, ModelNotFound
+from modules.errors import InternalError, LoadstoneError, ModelNotFound
 from modules.hub import placing
 from modules.hub.job import Job, JobState, Order, job_from_dict
 from modules.protocol import Failed, Progress, decode
@@ -217,13 +217,14 @@ class DownloadQueue:
     def _run(self, key: str) -> None:
         running = self._running[key]
         order = self._jobs[key].order
-        with tempfile.TemporaryFile() as log_file:
-            try:
+        details = ""
+        try:
+            with tempfile.TemporaryFile() as log_file:
                 status = self._follow(key, order, running, log_file)
-            except OSError as error:  # no process could be started
-                status, running.error = 1, InternalError(f"The download's process cannot be started: {error}.")
-            log_file.seek(max(0, log_file.tell() - 4000))
-            details = log_file.read().decode(errors="replace")
+                log_file.seek(max(0, log_file.tell() - 4000))
+                details = log_file.read().decode(errors="replace")
+        except OSError as error:  # no process could be started, or no file for its log
+            status, running.error = 1, InternalError(f"The download's process cannot be started: {error}.")
         with self._lock:
             del self._running[key]
             job = self._jobs[key]
@@ -288,7 +289,7 @@ class DownloadQueue:
             jobs = [job_from_dict(data) for data in json.loads(self._state_file.read_bytes())["jobs"]]
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("The list of downloads in %s cannot be read: %s", self._state_file, error)
             return {}
         return {job.key: replace(job, done_bytes=_bytes_of(job)) for job in jobs}
@@ -341,9 +342,3 @@ def _remove_partial(order: Order) -> None:
     placing.remove_tree(partial)
     with contextlib.suppress(OSError):
         partial.with_name(f"{partial.name}.lock").unlink(missing_ok=True)
-
-
-def refuse_open(jobs: list[Job], target: Path) -> None:
-    """Raises ModelInUse where one of the jobs is about to fill that folder."""
-    if any(Path(job.order.target) == target and job.state.is_open for job in jobs):
-        raise ModelInUse(f"{target.name} is being downloaded.", "Cancel the download first.")

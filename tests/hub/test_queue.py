@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -45,8 +47,13 @@ def slow(hub: Hub) -> Hub:
 
 
 def processes() -> list[psutil.Process]:
-    """The download processes of this one."""
-    return [p for p in psutil.Process().children() if "modules.hub" in " ".join(p.cmdline())]
+    """The download processes of this one. One that ends while it is looked at is none."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # and ZombieProcess, a kind of it
+            if "modules.hub" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def wait_for_share(queue: DownloadQueue, key: str, share: float) -> Job:
@@ -170,7 +177,17 @@ def test_an_error_of_the_process_arrives_as_it_was(hub: Hub, tmp_path: Path) -> 
     assert kept[0]["error"]["kind"] == "broken_download"
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"jobs": [{"key": 1}]}', "[]"])
+def test_a_download_that_cannot_be_begun_is_an_error(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with queue_in(tmp_path) as queue:
+        with monkeypatch.context() as without_temporary_files:
+            without_temporary_files.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+            job = queue.wait_for(queue.add(order_for(hub, tmp_path)).key)
+        assert "cannot be started" in str(job.error)
+        queue.resume(job.key)
+        assert queue.wait_for(job.key).state is JobState.DONE
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"jobs": [{"key": 1}]}', "[]", '{"jobs": [1]}'])
 def test_a_damaged_list_is_no_list(hub: Hub, tmp_path: Path, text: str) -> None:
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "downloads.json").write_text(text)
