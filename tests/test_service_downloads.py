@@ -109,6 +109,17 @@ def test_a_choice_that_is_open_is_not_downloaded(service: Service, hub: Hub) -> 
     assert brought(service, "user/gguf", "b.gguf").name == "user_gguf"
 
 
+def test_another_model_of_the_same_folder_is_not_replaced(service: Service, hub: Hub) -> None:  # noqa: F811
+    hub.repos["user/model_v2"] = Repo({"main": tiny_files(seed=2)})
+    hub.repos["user/model"].branches["v2"] = tiny_files(seed=3)
+    folder = brought(service, "user/model_v2")
+    with pytest.raises(UserError, match="user_model_v2 holds user/model_v2, which would be replaced"):
+        service.downloads.download("user/model:v2")
+    assert brought(service, "user/model_v2") == folder
+    folder.rename(folder.with_name("mine"))
+    assert brought(service, "user/model:v2") == folder
+
+
 def test_search_tells_what_fits(service: Service, hub: Hub) -> None:  # noqa: F811
     for name, count in (("small", 10**9), ("medium", 10**10), ("large", 10**12)):
         tensors = {"parameters": {"BF16": count}, "total": count}

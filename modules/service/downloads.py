@@ -157,9 +157,10 @@ class Downloads:
         return size
 
     def check(self, offer: Offer) -> None:
-        """Raises UserError where nothing is chosen or the folder cannot be written to, and DiskFull."""
+        """Raises UserError where nothing is chosen or the folder is another repository's, or not writable; DiskFull."""
         if offer.choice.question:
             raise UserError(offer.choice.question, "Name it as the file.")
+        _refuse_another(offer.order)
         checks.check_room(Path(offer.order.target).parent, offer.missing_bytes)
 
     def describe(self, offer: Offer) -> tuple[ModelFacts, str, Fit] | None:
@@ -274,6 +275,16 @@ def recorded(folder: Path) -> placing.Record:
             f"It is not known where {folder.name} is from.", "Download it here, and it can be verified and updated."
         )
     return record
+
+
+def _refuse_another(order: Order) -> None:
+    """Raises UserError where the folder holds a model that has another name on the Hub: user/a_b and user/a:b."""
+    record = placing.read_record(Path(order.target))
+    if record and (record.repo.casefold(), record.revision) != (order.repo.casefold(), order.revision):
+        raise UserError(
+            f"The folder {order.name} holds {Ask(record.repo, record.revision).name}, which would be replaced.",
+            "Delete that model, or rename its folder, and try again.",
+        )
 
 
 def fits_roughly(weights_bytes: int, parameters: int, machine: Machine) -> str:
