@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -94,6 +95,15 @@ def test_the_plan_judges_by_headers(service: Service, hub: Hub) -> None:  # noqa
         service.downloads.check(
             replace(huge, order=replace(huge.order, files=tuple(replace(f, size=2**50) for f in files)))
         )
+
+
+def test_a_verdict_without_a_place_for_the_headers_says_why(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without_temporary_files:
+        without_temporary_files.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        verdict = service.downloads.verdict(service.downloads.look("user/model"))
+    assert verdict == "Whether it fits cannot be said: No such file or directory."
 
 
 def test_a_verdict_that_cannot_be_given_says_why(service: Service, hub: Hub) -> None:  # noqa: F811

@@ -187,6 +187,8 @@ class Downloads:
             described = self.describe(offer)
         except LoadstoneError as error:
             return f"Whether it fits cannot be said: {error.message}"
+        except OSError as error:  # of the disk that the headers are put on
+            return f"Whether it fits cannot be said: {error.strerror or error}."
         if described is None:
             return ""
         facts, word, fit = described
