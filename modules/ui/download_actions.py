@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from modules.errors import LoadstoneError
+from modules.errors import LoadstoneError, UserError
 from modules.hub.words import pattern_of
 from modules.service import Service
 from modules.ui import lora_card
@@ -66,8 +66,10 @@ def _judged(service: Service, asked: str, files: list[str] | None) -> list[Any]:
 
 
 def _downloaded(service: Service, asked: str, files: list[str] | None) -> list[Any]:
-    """Queue what is chosen; its bar stands where the file list was."""
-    service.downloads.download(asked, pattern_of(files or []))
+    """Queue what is chosen; its bar stands where the file list was. Raises what a download is refused for."""
+    if not files:
+        raise UserError("No file is chosen.", "Choose those to fetch.")
+    service.downloads.download(asked, pattern_of(files))
     hidden = gr.update(visible="hidden")
     return [hidden, "", hidden, hidden, "", *job_updates(service)]
 
