@@ -28,6 +28,7 @@ class Fault:
     ``cut``: the connection ends after so many bytes. ``status`` with ``retry_after``: that instead of the file.
     ``flip``: the byte at that place is another. ``short``: so many bytes fewer, and said so. ``longer``: so many more.
     ``stall``: nothing comes after so many bytes, until the server ends. ``redirect``: to another address.
+    ``whole``: the whole file, whatever range is asked for.
     """
 
     cut: int = -1
@@ -38,6 +39,7 @@ class Fault:
     longer: int = 0
     stall: int = -1
     redirect: str = ""
+    whole: bool = False
 
 
 @dataclass

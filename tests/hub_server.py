@@ -299,12 +299,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._redirect(fault.redirect, 302)
             return
         size = size_of(content) - fault.short + fault.longer
-        start, end = _range(self.record.headers.get("range", ""), size)
+        wanted = "" if fault.whole else self.record.headers.get("range", "")
+        start, end = _range(wanted, size)
         if start >= size > 0:
             self._error(416, **{"Content-Range": f"bytes */{size}"})
             return
-        self.send_response(206 if "range" in self.record.headers else 200)
-        if "range" in self.record.headers:
+        self.send_response(206 if wanted else 200)
+        if wanted:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         for name, value in {**headers, "Content-Length": str(end - start), "Accept-Ranges": "bytes",
                             "Last-Modified": formatdate(usegmt=True)}.items():  # fmt: skip

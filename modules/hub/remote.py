@@ -23,6 +23,7 @@ T = TypeVar("T")
 LIMIT_S = 20.0  # for one question, its repetitions apart
 TRIES = 3
 _LONGEST_WAIT_S = 10.0
+_MOST_SKIPPED_BYTES = 16 << 20  # read and thrown away, for a few bytes after them
 _PUBLIC = "https://huggingface.co"
 TASKS: Mapping[str, str] = {
     "text-generation": "Text generation",
@@ -131,12 +132,15 @@ class Hub:
             headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             with get_session().stream("GET", url, headers=headers, timeout=LIMIT_S) as response:
                 hf_raise_for_status(response)
-                got = b""
-                for chunk in response.iter_bytes():  # a server that ignores Range is not read to its end
+                skipped = start if response.status_code == 200 else 0  # by a server that ignores Range
+                if skipped > _MOST_SKIPPED_BYTES:
+                    raise BrokenDownload(f"{self.endpoint} gives no part of {file}, only the whole file.")
+                got = bytearray()
+                for chunk in response.iter_bytes():  # which is not read to its end
                     got += chunk
-                    if len(got) >= (end if response.status_code == 200 else end - start):
+                    if len(got) >= skipped + end - start:
                         break
-                return got[start:end] if response.status_code == 200 else got[: end - start]
+                return bytes(got[skipped : skipped + end - start])
 
         return self._ask(call, Asked(repository.name, self.endpoint, repository.revision, file, self.has_token()))
 

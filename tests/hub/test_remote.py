@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import (
+    BrokenDownload,
     HubForbidden,
     HubTokenRefused,
     HubUnreachable,
@@ -157,6 +158,17 @@ def test_bytes_of_a_file_by_range(hub: Hub) -> None:
     whole = bytes(hub.repos["user/model"].branches["main"]["model.safetensors"])
     assert remote.bytes_of(repository, "model.safetensors", 8, 300) == whole[8:300]
     assert hub.sent_bytes("model.safetensors") == 292
+
+
+def test_bytes_of_a_file_from_a_hub_without_ranges(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.faults = {"model.safetensors": [Fault(whole=True), Fault(whole=True)]}
+    remote = Remote(hub.url)
+    repository = remote.repository(parse("user/model"))
+    whole = bytes(hub.repos["user/model"].branches["main"]["model.safetensors"])
+    assert remote.bytes_of(repository, "model.safetensors", 8, 300) == whole[8:300]
+    monkeypatch.setattr("modules.hub.remote._MOST_SKIPPED_BYTES", 1000)
+    with pytest.raises(BrokenDownload, match=r"no part of model\.safetensors, only the whole file"):
+        remote.bytes_of(repository, "model.safetensors", 1001, 1100)
 
 
 def test_a_token_is_kept_once_the_hub_knows_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,7 +298,7 @@ def test_two_processes_do_not_write_the_same_file(hub: Hub, tmp_path: Path, monk
 
 
 def test_large_files_are_hashed_beside(hub: Hub, tmp_path: Path) -> None:
-    """A file above the size from which another thread hashes, cut twice, and once from a server without ranges."""
+    """A file above the size from which another thread hashes, cut twice."""
     data = random.Random(1).randbytes(12_000_000)
     hub.repos["user/big"] = Repo({"main": {**tiny_files(), "model.safetensors": data}})
     hub.faults = {"model.safetensors": [Fault(cut=3_000_000), Fault(cut=5_000_000)]}
@@ -306,3 +306,16 @@ def test_large_files_are_hashed_beside(hub: Hub, tmp_path: Path) -> None:
     fetch(order)
     assert_whole(hub, order)
     assert hub.sent_bytes("model.safetensors") == len(data)
+
+
+@pytest.mark.parametrize("size", [66_000, 12_000_000])
+def test_a_server_without_ranges_begins_anew(hub: Hub, tmp_path: Path, size: int) -> None:
+    """Below and above the size from which another thread hashes."""
+    data = random.Random(2).randbytes(size)
+    hub.repos["user/big"] = Repo({"main": {**tiny_files(), "model.safetensors": data}})
+    hub.faults = {"model.safetensors": [Fault(cut=30_000), Fault(whole=True)]}
+    order = order_for(hub, tmp_path, "user/big")
+    told = fetch(order)
+    assert_whole(hub, order)
+    assert told[-1][1] == order.size_bytes
+    assert hub.sent_bytes("model.safetensors") == 30_000 + size
