@@ -50,11 +50,16 @@ def open_door(server: ServerOptions) -> Door:
     """The access that the options ask for. Raises OptionError, for a certificate that cannot be used too."""
     credentials, made = access.from_options(server)
     address = listen_address(server)
-    names = {*access.LOCAL_NAMES, *server.allowed_host}
+    names = {*access.LOCAL_NAMES, *(_name(host) for host in server.allowed_host if _name(host))}
     if address not in _EVERYWHERE:
         names.add(address.lower())
     hosts = access.Hosts(names, listening=address not in access.LOCAL_NAMES)
     return Door(credentials, hosts, server.subpath, made, *_certificate(server))
+
+
+def _name(host: str) -> str:
+    """The name alone, of a whole address too: https://llm.example.org:8443/ is pasted."""
+    return access.host_name(host.split("://")[-1])
 
 
 def listen_address(server: ServerOptions) -> str:
@@ -144,7 +149,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
             _in_background("share", announcing.share, LOCAL, port, bool(door.certificate), shared)
 
     def shared(address: str) -> None:
-        door.hosts.add(access.host_name(address.split("://")[-1]))
+        door.hosts.add(_name(address))
         announcing.announce_shared(address, door.made)
 
     config = uvicorn.Config(

@@ -213,6 +213,16 @@ def test_a_body_that_is_too_long_is_not_read(client: TestClient) -> None:
     assert client.post("/login", content=b"&".join(b"a%d=1" % n for n in range(9))).status_code == 413
 
 
+@pytest.mark.parametrize(
+    "host", ["llm.example.org", "LLM.example.org.", "llm.example.org:8443", "https://llm.example.org:8443/llm"]
+)
+def test_a_further_name_may_be_given_as_an_address(host: str) -> None:
+    hosts = web.open_door(ServerOptions(allowed_host=(host, ""))).hosts
+    assert hosts.known("llm.example.org")
+    assert not hosts.known("")
+    assert not hosts.known("https")
+
+
 def test_behind_a_proxy_under_a_path(demo_model: Path, tmp_path: Path) -> None:
     """Whether the proxy takes the path away or not."""
     server = ServerOptions(gradio_auth=("root:one",), subpath="llm/", allowed_host=("llm.example.org",))
