@@ -67,6 +67,12 @@ def listen_address(server: ServerOptions) -> str:
     return server.listen_host or ("0.0.0.0" if server.listen else LOCAL)
 
 
+def local_address(server: ServerOptions) -> str:
+    """An address under which the server listens to this machine: with --listen-host not always 127.0.0.1."""
+    address = listen_address(server)
+    return LOCAL if address in _EVERYWHERE else address
+
+
 def listen(port: int, host: str = LOCAL) -> socket.socket:
     """A listening socket on that port, or on a free one for 0. Raises PortInUse, and OptionError for a bad address."""
     try:
@@ -146,7 +152,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
         if server.auto_launch:
             _in_background("browser", webbrowser.open, url)
         if server.share:
-            _in_background("share", announcing.share, LOCAL, port, bool(door.certificate), shared)
+            _in_background("share", announcing.share, local_address(server), port, bool(door.certificate), shared)
 
     def shared(address: str) -> None:
         door.hosts.add(_name(address))

@@ -16,6 +16,7 @@ from modules.access import MOST_BYTES, AccessMiddleware, Role
 from modules.access.attempts import FREE, Attempts
 from modules.access.rules import GUEST_ROUTES, OPEN_ROUTES, guest_may
 from modules.options import ServerOptions
+from modules.web.serving import local_address
 from tests.services import services
 
 PAGE = {"accept": "text/html,*/*"}
@@ -221,6 +222,17 @@ def test_a_further_name_may_be_given_as_an_address(host: str) -> None:
     assert hosts.known("llm.example.org")
     assert not hosts.known("")
     assert not hosts.known("https")
+
+
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ({}, "127.0.0.1"), ({"listen": True}, "127.0.0.1"), ({"listen_host": "::"}, "127.0.0.1"),
+        ({"listen_host": "192.0.2.7"}, "192.0.2.7"),
+    ],
+)  # fmt: skip
+def test_the_tunnel_leads_to_where_the_server_listens(options: dict[str, Any], address: str) -> None:
+    assert local_address(ServerOptions(**options)) == address
 
 
 def test_behind_a_proxy_under_a_path(demo_model: Path, tmp_path: Path) -> None:
