@@ -159,6 +159,15 @@ def test_logging_in_and_out(client: TestClient, user: str, password: str, guest:
     assert client.get("/v1/models", headers={"cookie": f"loadstone-login={cookie}"}).status_code == 401
 
 
+def test_the_password_of_a_proxy_in_front_does_not_disturb_a_login(client: TestClient) -> None:
+    client.post("/login", data={"user": "gast", "password": "drei"})
+    for _ in range(FREE + 1):
+        assert client.get("/v1/models", auth=("proxy", "password")).status_code == 200
+    assert client.post("/v1/internal/model/unload", auth=("root", "one")).status_code == 403
+    client.cookies.clear()
+    assert client.get("/v1/models", auth=("proxy", "password")).status_code == 401
+
+
 def test_guessing_is_slowed_down_for_the_right_password_too(demo_model: Path, tmp_path: Path) -> None:
     with services(tmp_path, demo_model) as make, fresh(web.application(make(), web.open_door(SERVER))) as client:
         statuses = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}).status_code for n in range(5)]
