@@ -19,12 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import chromium
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 120
+EXPECT_MS = 20_000  # Playwright's own 5 s are short where two cores are shared by browser, server, worker and a Hub
 
 
 @dataclass
@@ -89,6 +90,12 @@ def start_server(home: Path, *flags: str) -> Server:
     wait_for(lambda: server.url or process.poll() is not None, "the server's address", WAIT_S)
     assert server.url, "".join(server.output)
     return server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> None:
+    """What is to be seen may take a while on a busy machine."""
+    expect.set_options(timeout=EXPECT_MS)
 
 
 @pytest.fixture

@@ -40,9 +40,9 @@ def queue_in(folder: Path) -> Iterator[DownloadQueue]:
 
 @pytest.fixture
 def slow(hub: Hub) -> Hub:
-    """A Hub that takes more than a second for its model."""
+    """A Hub that takes two seconds for its model."""
     hub.repos["user/model"].branches["main"] = {**tiny_files(), "model.safetensors": weights(rows=ROWS)}
-    hub.bytes_per_second = SIZE
+    hub.bytes_per_second = SIZE / 2
     return hub
 
 

@@ -176,7 +176,7 @@ def test_a_busy_hub_is_waited_for_as_it_asks(hub: Hub, tmp_path: Path, status: i
 def test_a_connection_that_brings_nothing_is_given_up(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modules.hub.fetching.SILENCE_S", 0.3)
+    monkeypatch.setattr("modules.hub.fetching.SILENCE_S", 1.0)
     hub.faults = {"model.safetensors": [Fault(stall=30_000)]}
     order = order_for(hub, tmp_path)
     fetch(order)
