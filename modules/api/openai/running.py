@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from modules.errors import Cancelled, InternalError, LoadstoneError, Overloaded
+from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service
 
@@ -30,7 +30,9 @@ class Lane:
         self._lock = threading.Lock()
 
     def enter(self, count: int) -> None:
-        """Take ``count`` places. Raises Overloaded where there are not so many."""
+        """Take ``count`` places. Raises Overloaded where not so many are free, OptionError where there never are."""
+        if count > self._most:
+            raise OptionError(f"n: {count} answers are asked for, and no more than {self._most} are given at a time.")
         with self._lock:
             if self._inside + count > self._most:
                 raise Overloaded(f"{self._inside} answers are waited for, and no more than {self._most} may be.")
@@ -45,7 +47,7 @@ class Lane:
 class Running:
     """The answers to several orders as they come, from threads of their own to the event loop.
 
-    Raises Overloaded where too many are waited for already.
+    Raises Overloaded where too many are waited for already, and OptionError for more than ever may be.
     """
 
     def __init__(self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request) -> None:
