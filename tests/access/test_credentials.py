@@ -134,6 +134,16 @@ def test_many_addresses_together_are_slowed_down_but_nobody_is_kept_out_for_long
     assert attempts.wait_s("somebody else") == 0
 
 
+def test_many_logins_of_a_guest_put_no_administrator_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modules.access.sessions._MOST", 3)
+    sessions = Sessions()
+    begun = [sessions.begin(role) for role in (Role.ADMIN, *[Role.GUEST] * 5)]
+    roles = [sessions.role(f"loadstone-login={token}") for token in begun]
+    assert roles == [Role.ADMIN, None, None, None, Role.GUEST, Role.GUEST]
+    begun += [sessions.begin(Role.ADMIN) for _ in range(4)]
+    assert [sessions.role(f"loadstone-login={token}") for token in begun] == [None] * 7 + [Role.ADMIN] * 3
+
+
 def test_sessions_end() -> None:
     sessions = Sessions()
     token = sessions.begin(Role.GUEST)
