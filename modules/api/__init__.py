@@ -1,6 +1,7 @@
 """HTTP routes: a thin skin over ``service.py``. Bodies and answers are JSON.
 
-One file a group of routes, each with ``router(service)``; a new group is one more in :func:`install`.
+One file a group of routes, each with ``router(service)``; a new group is one more in :func:`install`. Tracebacks and
+the tails of logs, with this machine's paths in them, are told to administrators alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from modules.api import answers, downloads, internal, loras, openai, tokens
 from modules.service import Service
 
 
-def install(app: FastAPI, service: Service) -> None:
+def install(app: FastAPI, service: Service, *, for_guests: bool = False) -> None:
     """Add the routes and the error answers to ``app``."""
-    for group in (internal, tokens, downloads, loras, openai):
+    app.include_router(internal.router(service, with_details=not for_guests))
+    for group in (tokens, downloads, loras, openai):
         app.include_router(group.router(service))
-    answers.install(app)
+    answers.install(app, with_details=not for_guests)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -11,19 +13,24 @@ from modules.api.openai import problems as openai
 from modules.errors import InternalError, LoadstoneError, OptionError
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, *, with_details: bool = True) -> None:
     """Make ``app`` answer its errors so."""
+
+    async def answer_error(request: Request, error: Exception) -> JSONResponse:
+        """What nobody foresaw is logged by the server, traceback and all."""
+        known = typed(error, request)
+        if openai.serves(request.url.path.removeprefix(request.scope.get("root_path", ""))):
+            status, body = openai.error_body(known)
+            return JSONResponse(body, status_code=status)
+        return JSONResponse({"error": error_body(known, with_details=with_details)}, status_code=known.status)
+
     for raised in (LoadstoneError, RequestValidationError, Exception):
-        app.add_exception_handler(raised, _answer_error)
+        app.add_exception_handler(raised, answer_error)
 
 
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    """What nobody foresaw is logged by the server, traceback and all."""
-    known = typed(error, request)
-    if openai.serves(request.url.path.removeprefix(request.scope.get("root_path", ""))):
-        status, body = openai.error_body(known)
-        return JSONResponse(body, status_code=status)
-    return JSONResponse({"error": known.to_dict()}, status_code=known.status)
+def error_body(error: LoadstoneError, *, with_details: bool) -> dict[str, Any]:
+    """The error as data; without ``details`` for those whom this machine's paths do not concern."""
+    return error.to_dict() if with_details else {**error.to_dict(), "details": ""}
 
 
 def typed(error: Exception, request: Request) -> LoadstoneError:

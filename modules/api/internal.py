@@ -8,6 +8,7 @@ from zlib import crc32
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
+from modules.api.answers import error_body
 from modules.errors import Cancelled
 from modules.options import LOAD_OPTIONS
 from modules.service import Service, entries_of
@@ -35,8 +36,8 @@ class PlanBody(BaseModel):
     args: dict[str, Any] = {}
 
 
-def router(service: Service) -> APIRouter:
-    """The routes."""
+def router(service: Service, *, with_details: bool = True) -> APIRouter:
+    """The routes. ``with_details``: a failed load's traceback and log are told too."""
     routes = APIRouter()
 
     @routes.get("/v1/internal/model/status")
@@ -50,7 +51,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/internal/model/info")
     def info() -> dict[str, Any]:
-        return describe(service.snapshot())
+        return describe(service.snapshot(), with_details=with_details)
 
     @routes.get("/healthz")
     def health() -> dict[str, str]:
@@ -111,7 +112,7 @@ def brief(snapshot: Snapshot, merge_version: int = 0) -> dict[str, Any]:
     }
 
 
-def describe(snapshot: Snapshot) -> dict[str, Any]:
+def describe(snapshot: Snapshot, *, with_details: bool = True) -> dict[str, Any]:
     """The state in full, for programs."""
     loaded = snapshot.loaded
     return {
@@ -126,7 +127,7 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "footprint_bytes": loaded.report.footprint_bytes if loaded else None,
         "layer_classes": loaded.report.layer_classes if loaded else {},
         "notes": [*(loaded.report.notes if loaded else ()), *snapshot.notes],
-        "error": snapshot.error.to_dict() if snapshot.error else None,
+        "error": error_body(snapshot.error, with_details=with_details) if snapshot.error else None,
     }
 
 

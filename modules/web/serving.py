@@ -100,7 +100,7 @@ def application(service: Service, door: Door | None = None) -> access.AccessMidd
     guests = None
     if door.credentials.has_guests:
         guests = applications[Role.GUEST] = FastAPI(title="Loadstone", docs_url=None, redoc_url=None)
-        api.install(guests, service)
+        api.install(guests, service, for_guests=True)
         ui.mount(guests, service, for_guests=True, root_path=root)
 
     @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from modules import api
+from modules.errors import WorkerCrashed
 from modules.options import LOAD_OPTIONS
 from tests.services import Make, services
 
@@ -83,6 +85,26 @@ def test_what_nobody_foresaw_is_an_internal_error_without_a_traceback(make: Make
     assert (error["kind"], error["message"]) == ("internal", "ZeroDivisionError: one divided by nothing")
     assert "Traceback" not in answer.text
     assert error["details"] == ""
+
+
+@pytest.mark.parametrize("for_guests", [False, True])
+def test_details_are_told_to_administrators_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch, for_guests: bool
+) -> None:
+    service, app = make(), FastAPI()
+    error = WorkerCrashed("It ended.", details="Traceback in /home/ann")
+    failed = replace(service.snapshot(), error=error)
+    monkeypatch.setattr(service, "snapshot", lambda: failed)
+    api.install(app, service, for_guests=for_guests)
+
+    @app.get("/failing")
+    def fail() -> None:
+        raise error
+
+    http = TestClient(app)
+    for path in ("/failing", "/v1/internal/model/info"):
+        told = http.get(path).json()["error"]
+        assert (told["message"], told["details"]) == ("It ended.", "" if for_guests else "Traceback in /home/ann")
 
 
 @pytest.mark.parametrize("name", [name for name, spec in LOAD_OPTIONS.items() if spec.local_only])
