@@ -151,6 +151,13 @@ def small_llama() -> Path:
     return kept("small-llama", lambda folder: _speaking_llama(folder, **sizes))
 
 
+def deep_llama() -> Path:
+    """Smaller than the demo model, of nearly as many layers; needs the demo model to be there."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 26, "intermediate_size": 1408, "num_attention_heads": 8,
+             "num_key_value_heads": 2}  # fmt: skip
+    return kept("deep-llama", lambda folder: _speaking_llama(folder, **sizes))
+
+
 def large_llama() -> Path:
     """Nearly twice the demo model's size; needs the demo model to be there."""
     sizes = {"hidden_size": 1024, "num_hidden_layers": 18, "intermediate_size": 2816, "num_attention_heads": 16,

@@ -16,6 +16,7 @@ from modules.precision import DTYPE_BYTES
 Config = Mapping[str, Any]
 _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding", "reference_sliding_attention"})
 _NO_CACHE = frozenset({"conv", "linear_attention", "mamba", "mamba2", "mlp", "moe", "recurrent"})
+_GIVEN_BACK_BYTES = 2**20  # as the supervisor sets it for workers
 # Every n-th layer sees the whole context, where older configurations do not list their layers.
 _FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2}
 
@@ -128,6 +129,17 @@ def _implied(text: Config, index: int) -> str:
     every = reading.number(text, "sliding_window_pattern", "_sliding_window_pattern")
     every = every or _FULL_EVERY.get(str(text.get("model_type")), 0)
     return "full_attention" if every and (index + 1) % every == 0 else "sliding_attention"
+
+
+def cache_growth_bytes(cache: KvCache, ctx_tokens: int) -> int:
+    """What a cache in RAM takes more while it grows: a layer's keys are copied for every token.
+
+    Small tensors leave holes as large as themselves in the heap, in every layer; larger ones, which the C library
+    gives back when they are freed, exist twice in one layer at a time.
+    """
+    layers = [cache.layer_bytes(layer, ctx_tokens) for layer in range(len(cache.token_bytes))]
+    small = [size for size in layers if size // 2 < _GIVEN_BACK_BYTES]  # keys and values are two tensors
+    return sum(small) + max((size // 2 for size in layers if size // 2 >= _GIVEN_BACK_BYTES), default=0)
 
 
 def working_bytes(

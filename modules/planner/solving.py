@@ -14,7 +14,7 @@ from modules.planner.checkpoint import Checkpoint
 from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, rooms
 from modules.planner.formats import Classes, Part, Precision, classes, precision_for
 from modules.planner.layout import Block, Layout, layout_of
-from modules.planner.memory import Calibration, kv_cache, working_bytes
+from modules.planner.memory import Calibration, cache_growth_bytes, kv_cache, working_bytes
 from modules.planner.placement import Load, Placement, place, usage
 
 
@@ -115,6 +115,8 @@ def solve(question: Question) -> Answer:
     gpus = 0 if options.cpu else len(question.machine.gpus)
     precision = precision_for(checkpoint, options, gpus)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options.attn_implementation)
+    if not gpus:
+        working += cache_growth_bytes(kv_cache(layout, checkpoint.task, precision), question.ctx_tokens)
     process = calibration.ram_beside_gpu_bytes if gpus else calibration.ram_fixed_bytes
     if not gpus and (question.quantizes or checkpoint.quantization == "bitsandbytes"):
         process += calibration.bitsandbytes_ram_bytes

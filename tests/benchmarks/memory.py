@@ -1,8 +1,7 @@
 """How well a plan knows what a load will take at most, after loads of other models have taught it.
 
-For every kind of load: a smaller and a larger model are loaded and read a prompt of the whole context, then the demo
-model, whose peak is compared with what was planned for it. The smaller model comes first, so that all three show how
-fast the plan learns.
+For every kind of load: a smaller, a deeper and a larger model are loaded and read a prompt of the whole context, then
+the demo model, whose peak is compared with what was planned for it.
 """
 
 from __future__ import annotations
@@ -35,12 +34,13 @@ def rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
         models.mkdir()
-        for path in (checkpoints.small_llama(), checkpoints.large_llama(), FIXTURES / "models" / DEMO_MODEL):
+        others = (checkpoints.small_llama(), checkpoints.deep_llama(), checkpoints.large_llama())
+        paths = (*others, FIXTURES / "models" / DEMO_MODEL)
+        for path in paths:
             (models / path.name).symlink_to(path, target_is_directory=True)
-        names = [checkpoints.small_llama().name, checkpoints.large_llama().name, DEMO_MODEL]
         with learning_service(models) as service:
             for kind, options in KINDS.items():
-                for name in names:
+                for name in (path.name for path in paths):
                     values = {**options, "ctx_size": CTX_TOKENS}
                     if options.get("disk"):
                         values["cpu_memory"] = _room(service, name)
