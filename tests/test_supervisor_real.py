@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -23,7 +24,16 @@ def supervisor() -> Iterator[Supervisor]:
     supervisor = Supervisor(warm_worker=False)
     yield supervisor
     supervisor.close()
-    assert not [child for child in psutil.Process().children() if "modules.worker" in child.cmdline()]
+    assert not _workers()
+
+
+def _workers() -> list[psutil.Process]:
+    """The workers that are children of this process; one that ends while it is looked at is none."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if "modules.worker" in child.cmdline() else []
+    return found
 
 
 def _order(model: Path, cache: Path) -> LoadOrder:
@@ -51,7 +61,7 @@ def test_a_real_model_loads_answers_crashes_loads_again_and_unloads(
     assert after.context_used == done.prompt_tokens + done.completion_tokens
     assert after.tokens_per_second > 0
 
-    (worker,) = [child for child in psutil.Process().children() if "modules.worker" in child.cmdline()]
+    (worker,) = _workers()
     long = GenerateOrder(GenerationOptions(max_new_tokens=2000), prompt="Once upon a time")
     answer = supervisor.generate(long)
     next(answer)
@@ -85,4 +95,4 @@ def test_a_real_worker_that_still_imports_is_cancelled_at_once(
     assert snapshot.state is State.LOADING
     supervisor.cancel()
     assert supervisor.snapshot().state is State.CANCELLED
-    assert not [child for child in psutil.Process().children() if "modules.worker" in child.cmdline()]
+    assert not _workers()

@@ -96,12 +96,17 @@ def from_options(server: ServerOptions) -> tuple[Credentials, str]:
         *_key("api_key", server.api_key, Role.GUEST),
     ]
     _refuse_doubles(known)
-    if not (known or server.listen or server.share or server.listen_host):
+    if not (known or _shared(server)):
         return Credentials(()), ""
     if any(one.role is Role.ADMIN for one in known):
         return Credentials(known), ""
     made = new_password()
     return Credentials([*known, Credential(Role.ADMIN, made)]), made
+
+
+def _shared(server: ServerOptions) -> bool:
+    """Whether others can reach the server: over the network, or through a proxy under another name or path."""
+    return bool(server.listen or server.share or server.listen_host or server.allowed_host or server.subpath)
 
 
 def _pairs(option: str, words: Iterable[str], role: Role) -> list[Credential]:

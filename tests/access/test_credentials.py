@@ -27,7 +27,8 @@ def test_without_sharing_nobody_needs_to_log_in() -> None:
     "options",
     [
         {"listen": True}, {"share": True}, {"listen_host": "192.0.2.1"}, {"api_key": "key"}, {"guest_auth": ("a:b",)},
-        {"listen": True, "api_key": "key", "guest_auth": ("a:b",)},
+        {"listen": True, "api_key": "key", "guest_auth": ("a:b",)}, {"allowed_host": ("llm.example.org",)},
+        {"subpath": "/llm"},
     ],
 )  # fmt: skip
 def test_who_shares_without_an_administrator_gets_a_password(options: dict[str, object]) -> None:
