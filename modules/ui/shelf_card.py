@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from modules.errors import LoadstoneError
 from modules.hub.keeping import Duplicate, Verified
 from modules.service import Service
 from modules.service.shelf import Kept
@@ -46,6 +47,7 @@ def build(service: Service, tab: gr.Tab) -> None:
         (card.verify, _verified), (card.repair, _repaired), (card.newer, _newer), (card.update, _updated),
     ):  # fmt: skip
         button.click(_on_a_model(partial(say, service)), outputs=line, **model)
+    card.model.input(partial(_noticed, service), card.model, line, **QUIET)
     card.favourite.click(guarded(2, partial(_favoured, service)), card.model, lists, **QUIET)
     card.same.click(guarded(1, partial(_same, service)), None, line, show_progress="minimal", api_visibility="private")
     doomed = gr.State("")  # what is asked about, whatever is chosen in the menu by now
@@ -125,8 +127,19 @@ def _repaired(service: Service, name: str) -> str:
 
 
 def _newer(service: Service, name: str) -> str:
-    commit = service.shelf.newer_commit(name)
-    return small(f"Update available: commit {commit[:10]}." if commit else f"{name} is up to date.")
+    return _update_in_words(service.shelf.newer_commit(name)) or small(f"{name} is up to date.")
+
+
+def _noticed(service: Service, name: str | None) -> str:
+    """Of a model that was chosen: whether there is an update. Nothing where the Hub cannot be asked about it."""
+    try:
+        return _update_in_words(service.shelf.newer_commit(name or ""))
+    except LoadstoneError:
+        return ""
+
+
+def _update_in_words(commit: str) -> str:
+    return small(f"Update available: commit {commit[:10]}.") if commit else ""
 
 
 def _updated(service: Service, name: str) -> str:

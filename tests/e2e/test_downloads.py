@@ -163,6 +163,15 @@ def test_the_shelf_verifies_and_deletes(hub: Hub, shared: Server, open_page: Cal
     expect(page.locator("#shelf-line")).to_contain_text("all 5 files are what the Hub has")
     page.locator("#shelf-newer").click()
     expect(page.locator("#shelf-line")).to_contain_text("is up to date")
+    branches = hub.repos[MEDIUM].branches
+    old = branches["main"]
+    branches["main"] = {**old, "README.md": b"A newer commit."}
+    page.reload()
+    page.get_by_role("tab", name="Session").click()
+    page.locator("#shelf-model input").click()
+    page.get_by_role("option", name="tester_medium", exact=True).click()
+    expect(page.locator("#shelf-line")).to_contain_text("Update available")
+    branches["main"] = old
     page.locator("#shelf-delete").click()
     expect(page.locator("#shelf-yes")).to_contain_text("Delete tester_medium and its 20 MB")
     page.locator("#shelf-yes").click()
