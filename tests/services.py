@@ -14,7 +14,7 @@ from modules.library.loras import LoraLibrary
 from modules.planner.learning import Measurement
 from modules.service import Service
 from modules.settings import CodeApprovals, Settings
-from modules.supervisor import Supervisor
+from modules.supervisor import Loaded, Supervisor
 from tests.conftest import wait_until
 
 MACHINE = Machine(gpus=(), ram_total_bytes=16 * 2**30, ram_free_bytes=12 * 2**30, disk_free_bytes=2**40)
@@ -91,7 +91,7 @@ def learning_service(models: Path) -> Iterator[Service]:
         service.supervisor.close()
 
 
-def measured_load(service: Service, name: str, values: dict[str, Any]) -> Measurement:
+def measured_load(service: Service, name: str, values: dict[str, Any]) -> tuple[Measurement, Loaded]:
     """Load, read a prompt that fills the context, unload: what was planned for it and what it took."""
     service.load(name, values)
     loaded = service.supervisor.wait_loaded(300).loaded
@@ -102,4 +102,4 @@ def measured_load(service: Service, name: str, values: dict[str, Any]) -> Measur
     wait_until(lambda: any(one.time >= loaded.since for one in service.learned.last(loaded.order.expected, MACHINE)))
     service.unload()
     (ram,) = service.learned.last(loaded.order.expected, MACHINE)
-    return ram
+    return ram, loaded

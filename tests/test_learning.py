@@ -27,9 +27,9 @@ def service(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_one_models_load_makes_the_plan_of_another_right(service: Service) -> None:
-    first = measured_load(service, "small", VALUES)
+    first, _ = measured_load(service, "small", VALUES)
     assert first.corrected_bytes == first.planned_bytes  # nothing was known yet
-    other = measured_load(service, "demo", VALUES)
+    other, _ = measured_load(service, "demo", VALUES)
     assert other.corrected_bytes != other.planned_bytes
     assert abs(other.error) < 0.05, other
     fit = service.view("demo", VALUES).fit
