@@ -16,7 +16,7 @@ from modules.precision import DTYPE_BYTES
 Config = Mapping[str, Any]
 _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding", "reference_sliding_attention"})
 _NO_CACHE = frozenset({"conv", "linear_attention", "mamba", "mamba2", "mlp", "moe", "recurrent"})
-_GIVEN_BACK_BYTES = 2**20  # as the supervisor sets it for workers
+_GIVEN_BACK_BYTES = 32 * 2**20  # glibc's limit, once a process has freed large pieces
 # Every n-th layer sees the whole context, where older configurations do not list their layers.
 _FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2}
 

@@ -38,19 +38,14 @@ _SET = {
     "TOKENIZERS_PARALLELISM": "false",  # it warns, and can hang, after a fork
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a worker that only waits takes no GPU memory for a CUDA context
 }
-_USUAL = {
-    # Tensors of 1 MiB and more go back to the system when they are freed. glibc would raise this limit to 32 MiB by
-    # itself and keep what was freed: quantizing took up to twice the memory, and a different amount each time.
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-}
 _REMOVED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def environment() -> dict[str, str]:
-    """The environment of a worker: the own one, offline, without the Hub's token, and frugal unless set otherwise."""
+    """The environment of a worker: the own one, offline and without the Hub's token."""
     own = {name: value for name, value in os.environ.items() if name not in _REMOVED}
     path = os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH", "")]))
-    return {**_USUAL, **own, **_SET, "PYTHONPATH": path}
+    return {**own, **_SET, "PYTHONPATH": path}
 
 
 def packages_changed_since(moment: float) -> bool:

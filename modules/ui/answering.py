@@ -17,7 +17,7 @@ from modules.supervisor import Snapshot
 from modules.ui.common import small, warn
 from modules.ui.live import Live, LiveAnswers
 
-RENDER_S = 1.5  # between two renderings of the Markdown; page.js shows the text that comes meanwhile
+RENDER_S = 2  # between two renderings of the Markdown; page.js shows the text that comes meanwhile
 CHAT, COMPLETION = "Chat", "Completion"
 History = list[dict[str, Any]]
 Updates = list[Any]  # for ChatTab.follows_answer: chatbot, text, send, stop, line, again, undo, clear

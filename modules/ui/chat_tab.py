@@ -30,6 +30,7 @@ from modules.ui.common import QUIET, edits, small
 from modules.ui.form import option_value, widget
 from modules.ui.live import LiveAnswers
 
+MOST_ANSWERS = 24  # at a time, the rest wait: each holds one of the web process's 40 threads while it comes
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
 _NO_TEMPLATE = "This model has no chat template: it continues the text as it stands."
 # The conversation is this browser tab's: it survives a reload of the page, and no other tab sees it.
@@ -236,7 +237,9 @@ def wire(tab: ChatTab, service: Service, stops: Stops, lives: LiveAnswers) -> No
     """Connect the tab's widgets to the service."""
     comparison = chat_loras.Comparison(service, Stops(), lives)
     chat = Conversation(tab, service, stops, lives, comparison)
-    asks: dict[str, Any] = {"outputs": tab.follows_answer, "concurrency_limit": None, **QUIET}
+    asks: dict[str, Any] = {
+        "outputs": tab.follows_answer, "concurrency_id": "answers", "concurrency_limit": MOST_ANSWERS, **QUIET,
+    }  # fmt: skip
     inputs = [tab.chatbot, *tab.settings]
     ends = [
         gr.on([tab.send.click, tab.text.submit], chat.send, [tab.text, *inputs], **asks),

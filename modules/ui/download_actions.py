@@ -119,7 +119,10 @@ def wire(tab: ModelTab, service: Service) -> None:
         **QUIET,
     }  # fmt: skip
     shown: dict[str, Any] = {**QUIET, "show_progress": "minimal", "show_progress_on": card.offer}
-    looked = gr.on([card.text.submit, card.look.click], partial(_looked, service), narrowed, card.follows_look, **shown)
+    looked = gr.on(  # what is asked while an earlier question is being answered is asked next, not dropped
+        [card.text.submit, card.look.click], partial(_looked, service), narrowed, card.follows_look,
+        trigger_mode="always_last", **shown,
+    )  # fmt: skip
     looked.then(**judge)
     chosen = card.results.input(partial(_chosen, service), card.results, [card.text, *card.follows_look], **shown)
     chosen.then(**judge)

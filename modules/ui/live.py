@@ -1,6 +1,6 @@
 """The text of answers while they come, for the page's own script.
 
-Gradio renders an answer's Markdown about once a second; what has come since then, page.js adds as plain text.
+Gradio renders an answer's Markdown every two seconds; what has come since then, page.js adds as plain text.
 Rendering ten times a second instead would take a third of the speed from a model that shares the processor.
 """
 
@@ -18,7 +18,7 @@ from html import escape
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-SEND_S = 0.2  # five times a second: fluent to read, and a twentieth of what rendering costs
+SEND_S = 0.25  # four times a second: fluent to read, and a twentieth of what rendering costs
 ROUTE = "/live"
 
 

@@ -2,7 +2,7 @@
 // hidden sync button, which renders what is new. A short request each time: browsers allow only six open ones a host.
 (() => {
   const EVERY_MS = 500;
-  const ANSWERING_MS = 1500;
+  const ANSWERING_MS = 5000;
   let shown = null;
   let downloads = null;
   let failures = 0;

@@ -49,7 +49,7 @@ from modules.protocol import (
 )
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, generate, prompter
-from modules.worker.process import memory_of_this_process
+from modules.worker.process import memory_given_back, memory_of_this_process
 
 if TYPE_CHECKING:
     from modules.worker.adapters import Adapters
@@ -96,7 +96,8 @@ class Worker:
         try:
             from modules.worker.transformers_loader import load
 
-            loaded = load(order, self._emit_progress)
+            with memory_given_back():
+                loaded = load(order, self._emit_progress)
             applied = None
             if order.adapters:
                 self._emit(Progress("applying LoRAs"))

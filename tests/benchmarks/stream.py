@@ -64,7 +64,7 @@ def _on_chat_tab(page: Any) -> dict[str, float]:
     page.evaluate(_WATCH)
     page.locator("#message textarea").press("Enter")
     first, last = page.evaluate("window.answered")
-    words = page.locator("#chat-line").inner_text()
+    words = page.locator("#chat-line .small").inner_text()
     tokens = int(words.split(" tokens ·")[0].split("·")[-1].replace(",", ""))
     return {"worker": float(words.split(" tokens/s")[0].split("·")[-1]), "tab": (tokens - 1) / ((last - first) / 1000)}
 

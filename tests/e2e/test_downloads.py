@@ -206,7 +206,7 @@ def command(home: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def test_from_the_command_line_stopped_and_gone_on_with(hub: Hub, home: Path) -> None:
-    hub.bytes_per_second = 10e6
+    hub.bytes_per_second = 2e6  # six seconds are left when it is stopped
     first = command(home, MEDIUM)
     wait_for(lambda: hub.sent_bytes() > 8e6, "a good part", 60)
     first.send_signal(signal.SIGINT)
@@ -215,6 +215,7 @@ def test_from_the_command_line_stopped_and_gone_on_with(hub: Hub, home: Path) ->
     assert f"server.py --download {MEDIUM}" in said
     assert not (home / "models" / "tester_medium").exists()
     stopped_at = hub.sent_bytes()
+    hub.bytes_per_second = 0
     second = command(home, MEDIUM)
     printed, said = second.communicate(timeout=60)
     assert second.returncode == 0, said
