@@ -74,6 +74,7 @@ def test_search_choose_download_and_load(
     hub: Hub, launch: Callable[..., Server], open_page: Callable[..., Page]
 ) -> None:
     server = launch()
+    hub.bytes_per_second = 45e6  # six seconds, in which the page looks a dozen times
     page = open_page(server)
     ask(page, "smollm2")
     page.locator("#hub-results label", has_text=NAME).click()
@@ -201,8 +202,12 @@ def test_after_a_kill_at_70_percent_little_is_fetched_twice(hub: Hub, launch: Ca
 
 
 def command(home: Path, *words: str) -> subprocess.Popen[str]:
+    """The command, which Ctrl-C ends even where the tests run in the background of a shell, which ignores it."""
     line = [sys.executable, "server.py", "--home", str(home), "--no-hf-cache", "--download", *words]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def test_from_the_command_line_stopped_and_gone_on_with(hub: Hub, home: Path) -> None:
