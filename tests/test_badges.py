@@ -14,7 +14,7 @@ from modules.service.badges import Badges, badge
 ROOMY = Machine(gpus=(), ram_total_bytes=64 * 2**30, ram_free_bytes=60 * 2**30, disk_free_bytes=2**40)
 
 
-@pytest.mark.parametrize(("free_mib", "word"), [(60_000, "fits"), (1310, "fits in 4-bit"), (100, "too large")])
+@pytest.mark.parametrize(("free_mib", "word"), [(60_000, "fits"), (1450, "fits in 4-bit"), (100, "too large")])
 def test_badges_of_the_demo_model(demo_model: Path, free_mib: int, word: str) -> None:
     facts = Library([demo_model.parent]).facts(demo_model.name)
     assert badge(facts, replace(ROOMY, ram_free_bytes=free_mib * 2**20)) == word

@@ -134,12 +134,12 @@ def _implied(text: Config, index: int) -> str:
 def cache_growth_bytes(cache: KvCache, ctx_tokens: int) -> int:
     """What a cache in RAM takes more while it grows: a layer's keys are copied for every token.
 
-    Small tensors leave holes as large as themselves in the heap, in every layer; larger ones, which the C library
-    gives back when they are freed, exist twice in one layer at a time.
+    Small tensors leave holes in the heap, in every layer, of which about half are filled again (measured); larger
+    ones, which the C library gives back when they are freed, exist twice in one layer at a time.
     """
     layers = [cache.layer_bytes(layer, ctx_tokens) for layer in range(len(cache.token_bytes))]
     small = [size for size in layers if size // 2 < _GIVEN_BACK_BYTES]  # keys and values are two tensors
-    return sum(small) + max((size // 2 for size in layers if size // 2 >= _GIVEN_BACK_BYTES), default=0)
+    return sum(small) // 2 + max((size // 2 for size in layers if size // 2 >= _GIVEN_BACK_BYTES), default=0)
 
 
 def working_bytes(
