@@ -48,10 +48,13 @@ class QuantizedCopy:
     def what(self) -> str:
         """The recipe in words: ``nf4, double quantization``, ``8-bit``."""
         recipe = self.identity.get("recipe", {})
-        if recipe.get("load_in_8bit"):
-            return "8-bit"
-        double = ", double quantization" if recipe.get("bnb_4bit_use_double_quant") else ""
-        return f"{recipe.get('bnb_4bit_quant_type', 'unreadable')}{double}"
+        quant_type = str(recipe.get("bnb_4bit_quant_type", "unreadable"))
+        return in_words(bool(recipe.get("load_in_8bit")), quant_type, bool(recipe.get("bnb_4bit_use_double_quant")))
+
+
+def in_words(in_8bit: bool, quant_type: str, double_quant: bool) -> str:
+    """A way to quantize: ``nf4, double quantization``, ``8-bit``."""
+    return "8-bit" if in_8bit else f"{quant_type}{', double quantization' if double_quant else ''}"
 
 
 def folder_of(cache_dir: Path) -> Path:

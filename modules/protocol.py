@@ -59,6 +59,9 @@ class AdapterChoice:
     weight: float = 1.0
 
 
+HEAP_LIMIT_BYTES = 32 * 2**20  # what a worker frees of smaller pieces stays with it: glibc's limit, set so after a load
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a plan says that a load takes on one kind of device, GPUs together; all in bytes.

@@ -50,6 +50,11 @@ def kind_of(plan: Plan, device: str, *, from_copy: bool) -> str:
     return f"{packed}{' from a copy' if from_copy else ''} on {places}: {device}"
 
 
+def device_of(kind: str) -> str:
+    """ "GPU" or "RAM", of a kind that :func:`kind_of` made."""
+    return kind.rsplit(" ", 1)[1]
+
+
 def expected(plan: Plan, calibration: Calibration, *, from_copy: bool) -> tuple[Expected, ...]:
     """What ``plan``, made with ``calibration``, says of the GPUs and of RAM; of GPUs only where there are some."""
     gpus = [device for device in plan.devices if device.key not in (CPU, DISK)]
@@ -74,8 +79,7 @@ def calibrated(
     known = list(measurements)
     corrections = {"GPU": 0, "RAM": 0}
     for one in expected(plan, base, from_copy=from_copy):
-        device = one.kind.rsplit(" ", 1)[1]
-        corrections[device] = correction([m for m in known if m.kind == one.kind], one.peak_bytes())
+        corrections[device_of(one.kind)] = correction([m for m in known if m.kind == one.kind], one.peak_bytes())
     gpus = sum(1 for device in plan.devices if device.key not in (CPU, DISK))
     return base.corrected(gpu_bytes=corrections["GPU"] // max(1, gpus), ram_bytes=corrections["RAM"])
 

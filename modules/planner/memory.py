@@ -12,11 +12,11 @@ from modules.planner.buffers import head_dimension
 from modules.planner.formats import Precision
 from modules.planner.layout import Layout
 from modules.precision import DTYPE_BYTES
+from modules.protocol import HEAP_LIMIT_BYTES
 
 Config = Mapping[str, Any]
 _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding", "reference_sliding_attention"})
 _NO_CACHE = frozenset({"conv", "linear_attention", "mamba", "mamba2", "mlp", "moe", "recurrent"})
-_GIVEN_BACK_BYTES = 32 * 2**20  # glibc's limit, once a process has freed large pieces
 # Every n-th layer sees the whole context, where older configurations do not list their layers.
 _FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2}
 
@@ -138,8 +138,8 @@ def cache_growth_bytes(cache: KvCache, ctx_tokens: int) -> int:
     ones, which the C library gives back when they are freed, exist twice in one layer at a time.
     """
     layers = [cache.layer_bytes(layer, ctx_tokens) for layer in range(len(cache.token_bytes))]
-    small = [size for size in layers if size // 2 < _GIVEN_BACK_BYTES]  # keys and values are two tensors
-    return sum(small) // 2 + max((size // 2 for size in layers if size // 2 >= _GIVEN_BACK_BYTES), default=0)
+    small = [size for size in layers if size // 2 < HEAP_LIMIT_BYTES]  # keys and values are two tensors
+    return sum(small) // 2 + max((size // 2 for size in layers if size // 2 >= HEAP_LIMIT_BYTES), default=0)
 
 
 def working_bytes(

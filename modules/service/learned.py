@@ -10,7 +10,7 @@ from modules.devices import Machine
 from modules.measurements import Measurements
 from modules.options import LoadOptions
 from modules.planner import DEFAULT, Calibration, Plan
-from modules.planner.learning import Measurement, calibrated, expected
+from modules.planner.learning import Measurement, calibrated, device_of, expected
 from modules.protocol import Expected, Memory
 from modules.supervisor import Loaded
 
@@ -65,8 +65,7 @@ class Learned:
         """Whether a quantized copy will be loaded, as far as can be told without its checks."""
         if not plan.precision.quantization or not (options.load_in_4bit or options.load_in_8bit):
             return False
-        double = ", double quantization" if options.use_double_quant else ""
-        what = "8-bit" if options.load_in_8bit else f"{options.quant_type}{double}"
+        what = copies.in_words(options.load_in_8bit, options.quant_type, options.use_double_quant)
         return any(copy.model == plan.model and copy.what == what for copy in copies.copies(self._cache_dir))
 
 
@@ -76,7 +75,7 @@ def fingerprint(machine: Machine) -> str:
 
 
 def _measured(one: Expected, memory: Memory) -> int:
-    if one.kind.endswith("RAM"):
+    if device_of(one.kind) == "RAM":
         return memory.peak_rss_bytes
     reserved = sum(memory.gpu_peak_bytes)
     return reserved + sum(1 for size in memory.gpu_peak_bytes if size) * DEFAULT.gpu_fixed_bytes if reserved else 0

@@ -16,17 +16,8 @@ from modules.devices import Machine
 from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound, OptionError
 from modules.library import Library, Model, ModelFacts
 from modules.library.loras import LoraLibrary
-from modules.options import (
-    LOAD_OPTIONS,
-    Circumstances,
-    LoadOptions,
-    check,
-    context_tokens,
-    parse_values,
-)
-from modules.protocol import (
-    LoadOrder,
-)
+from modules.options import LOAD_OPTIONS, Circumstances, LoadOptions, check, context_tokens, parse_values
+from modules.protocol import LoadOrder
 from modules.service.answering import Answering
 from modules.service.badges import Badges
 from modules.service.downloads import Downloads

@@ -17,7 +17,7 @@ from modules.supervisor import Snapshot
 from modules.ui.common import small, warn
 from modules.ui.live import Live, LiveAnswers
 
-RENDER_S = 2  # between two renderings of the Markdown; page.js shows the text that comes meanwhile
+RENDER_S = 2  # between two renderings of the Markdown; live.js shows the text that comes meanwhile
 CHAT, COMPLETION = "Chat", "Completion"
 History = list[dict[str, Any]]
 Updates = list[Any]  # for ChatTab.follows_answer: chatbot, text, send, stop, line, again, undo, clear
@@ -146,7 +146,7 @@ def answer(
 
 
 def _so_far(question: Question, live: Live) -> Updates:
-    """The answer as far as it has come. The line comes after the chat, and tells page.js what the chat shows."""
+    """The answer as far as it has come. The line comes after the chat, and tells live.js what the chat shows."""
     updates = nothing()
     updates[0] = [*question.history, {"role": "assistant", "content": live.text}]
     updates[4] = live.line("answering …")

@@ -11,7 +11,7 @@ from modules.devices import Machine
 from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, adapters_in_words, changed
 from modules.planner import DevicePlan
-from modules.planner.learning import Measurement
+from modules.planner.learning import Measurement, device_of
 from modules.service import Fit, View
 from modules.supervisor import Loaded, Snapshot, State
 from modules.ui.common import table
@@ -210,9 +210,8 @@ def fit_card(view: View, machine: Machine) -> str:
 def _last_load(one: Measurement) -> str:
     """How good the plan of the last load of this kind was."""
     off = f"{abs(one.error):.0%} too {'much' if one.error > 0 else 'little'}" if abs(one.error) >= 0.005 else "right"
-    device = one.kind.rsplit(" ", 1)[1]
     return (
-        f"Last time, {one.model} took {format_bytes(one.measured_bytes)} of {device} at most; "
+        f"Last time, {one.model} took {format_bytes(one.measured_bytes)} of {device_of(one.kind)} at most; "
         f"{format_bytes(one.corrected_bytes)} were planned: {off}."
     )
 

@@ -1,6 +1,6 @@
 """The text of answers while they come, for the page's own script.
 
-Gradio renders an answer's Markdown every two seconds; what has come since then, page.js adds as plain text.
+Gradio renders an answer's Markdown every two seconds; what has come since then, live.js adds as plain text.
 Rendering ten times a second instead would take a third of the speed from a model that shares the processor.
 """
 
@@ -73,7 +73,7 @@ async def _lines(live: Live | None) -> AsyncIterator[bytes]:
 
 
 def mount(app: FastAPI, answers: LiveAnswers) -> None:
-    """The route that page.js follows an answer by."""
+    """The route that live.js follows an answer by."""
 
     @app.get(ROUTE + "/{name}", include_in_schema=False)
     async def live(name: str) -> StreamingResponse:

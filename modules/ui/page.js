@@ -2,7 +2,6 @@
 // hidden sync button, which renders what is new. A short request each time: browsers allow only six open ones a host.
 (() => {
   const EVERY_MS = 500;
-  const ANSWERING_MS = 5000;
   let shown = null;
   let downloads = null;
   let failures = 0;
@@ -53,11 +52,9 @@
     }
   }
 
-  // While an answer comes every request takes speed from it, where the model computes on this machine's processor.
-  const every = () => (document.querySelector("#chat-line [data-live]") ? ANSWERING_MS : EVERY_MS);
   async function loop() {
     if (document.visibilityState === "visible") await ask();
-    setTimeout(loop, every());
+    setTimeout(loop, EVERY_MS);
   }
 
   document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());

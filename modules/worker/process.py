@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from modules.protocol import encode
+from modules.protocol import HEAP_LIMIT_BYTES, encode
 
 # Defaults only: what the supervisor, or the user, has set is kept.
 ENVIRONMENT = {
@@ -147,6 +147,6 @@ def memory_given_back() -> Iterator[None]:
     try:
         yield
     finally:
-        set_limit(_MMAP_THRESHOLD, 32 << 20)
-        set_limit(_TRIM_THRESHOLD, 64 << 20)
+        set_limit(_MMAP_THRESHOLD, HEAP_LIMIT_BYTES)
+        set_limit(_TRIM_THRESHOLD, 2 * HEAP_LIMIT_BYTES)
         trim(0)
