@@ -267,11 +267,12 @@ def code_list(view: View) -> str:
     return f'<p class="note">{word}</p>{table(rows)}'
 
 
-def summary(view: View) -> str:
-    """The line under the model menu: ``135 M · bf16 · 269 MB · 8k context``."""
+def summary(view: View, loaded: Loaded | None) -> str:
+    """The line under the model menu: ``135 M · bf16 · 269 MB · 8k context``; for scripts, whether it is loaded."""
     if not view.name:
         return '<div class="small">Choose a model, or put one under models/.</div>'
     text = view.facts.summary() if view.facts else view.problem.title if view.problem else ""
     origins = sorted({o for o in view.origin.values() if o not in ("default", "form")})
     source = f" · options from {', '.join(origins)}" if origins else ""
-    return f'<div class="small summary" data-model="{escape(view.name)}">{escape(text + source)}</div>'
+    state = " data-loaded" if loaded and loaded.order.name == view.name else ""
+    return f'<div class="small summary" data-model="{escape(view.name)}"{state}>{escape(text + source)}</div>'

@@ -20,6 +20,7 @@ from modules.ui.live import LiveAnswers
 
 ACTIVE, BASE, NONE = "active", "base", "none"
 _BASE_WORDS = "the base model"
+ASK = f"(beside) => {{ if (beside && beside !== '{NONE}') document.getElementById('ask-beside').click() }}"
 Choices = list[tuple[str, str]]
 
 
@@ -30,6 +31,7 @@ class ChatLoras:
     chosen: gr.Dropdown
     beside: gr.Dropdown
     other: gr.Chatbot
+    ask: gr.Button  # hidden; clicked by the page when an answer has come and a second one is wished
 
 
 def build_other() -> gr.Chatbot:
@@ -51,7 +53,8 @@ def build(other: gr.Chatbot) -> ChatLoras:
         choices=[("nothing", NONE)], value=NONE, label="Beside it", elem_id="chat-beside",
         info="Answers the same question once more, to compare.", **common,
     )  # fmt: skip
-    return ChatLoras(chosen, beside, other)
+    ask = gr.Button("ask", visible="hidden", elem_id="ask-beside")
+    return ChatLoras(chosen, beside, other, ask)
 
 
 def set_of(value: str | None) -> list[str] | None:

@@ -26,7 +26,7 @@ from modules.ui.answering import (
     plain,
     settled,
 )
-from modules.ui.common import QUIET, edits, small
+from modules.ui.common import DIRECT, QUIET, edits, small
 from modules.ui.form import option_value, widget
 from modules.ui.live import LiveAnswers
 
@@ -245,16 +245,19 @@ def wire(tab: ChatTab, service: Service, stops: Stops, lives: LiveAnswers) -> No
         gr.on([tab.send.click, tab.text.submit], chat.send, [tab.text, *inputs], **asks),
         gr.on([tab.again.click, tab.chatbot.retry], chat.again, inputs, **asks),
         tab.chatbot.edit(chat.edited, inputs, **asks),
-        gr.on([tab.undo.click, tab.chatbot.undo], chat.take_back, [tab.chatbot, tab.text], tab.follows_answer, **QUIET),
-        gr.on([tab.clear.click, tab.chatbot.clear], chat.clear, None, tab.follows_answer, **QUIET),
+        gr.on(
+            [tab.undo.click, tab.chatbot.undo], chat.take_back, [tab.chatbot, tab.text], tab.follows_answer, **DIRECT
+        ),
+        gr.on([tab.clear.click, tab.chatbot.clear], chat.clear, None, tab.follows_answer, **DIRECT),
     ]
     for end in ends:
         end.then(None, tab.chatbot, None, js=_KEEP)
     again: dict[str, Any] = {**asks, "outputs": [tab.loras.other, *tab.follows_answer[1:]]}
+    tab.loras.ask.click(chat.beside, [tab.loras.beside, *inputs], **again)
     for end in ends[:3]:
-        end.then(chat.beside, [tab.loras.beside, *inputs], **again)
+        end.then(None, tab.loras.beside, None, js=chat_loras.ASK)
     chat_loras.wire(tab.loras, tab.chatbot, [tab.clear.click, tab.chatbot.clear], tab.stop, comparison)
-    tab.stop.click(chat.stop, None, None, queue=False, **QUIET)
+    tab.stop.click(chat.stop, None, None, **DIRECT)
     keep = f"(...values) => {{ {_usual(tab, service)} {_REMEMBER} }}"
     gr.on(edits(tab.remembered), None, tab.remembered, None, js=keep, trigger_mode="multiple", **QUIET)
 

@@ -13,6 +13,10 @@ from modules.errors import LoadstoneError
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+# An answer to the request itself and not through Gradio's queue, for all that neither streams nor pops up a message.
+# The queue answers on a stream that it closes when nothing is asked for; a question that comes at that moment is
+# never answered, and its button is dead from then on.
+DIRECT: dict[str, Any] = {"queue": False, **QUIET}
 
 
 def top(status: str, *, login: bool) -> gr.HTML:

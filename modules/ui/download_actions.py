@@ -12,7 +12,7 @@ from modules.errors import LoadstoneError, UserError
 from modules.hub.words import pattern_of
 from modules.service import Service
 from modules.ui import lora_card
-from modules.ui.common import QUIET, guarded, inform, small
+from modules.ui.common import DIRECT, QUIET, guarded, inform, small
 from modules.ui.download_card import (
     DownloadCard,
     failed_updates,
@@ -116,9 +116,9 @@ def wire(tab: ModelTab, service: Service) -> None:
     narrowed = [card.text, card.task, card.size, card.sort, card.fitting]
     judge: dict[str, Any] = {
         "fn": partial(_judged, service), "inputs": [card.asked, card.files], "outputs": [card.offer, card.download],
-        **QUIET,
+        **DIRECT,
     }  # fmt: skip
-    shown: dict[str, Any] = {**QUIET, "show_progress": "minimal", "show_progress_on": card.offer}
+    shown: dict[str, Any] = {**DIRECT, "show_progress": "minimal", "show_progress_on": card.offer}
     looked = gr.on(  # what is asked while an earlier question is being answered is asked next, not dropped
         [card.text.submit, card.look.click], partial(_looked, service), narrowed, card.follows_look,
         trigger_mode="always_last", **shown,

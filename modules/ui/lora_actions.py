@@ -13,7 +13,7 @@ from modules.errors import LoadstoneError
 from modules.service import MergeState, Service, merged_name
 from modules.ui import lora_card
 from modules.ui.cards import error_box
-from modules.ui.common import QUIET, edits, inform, warn
+from modules.ui.common import DIRECT, QUIET, edits, inform, warn
 from modules.ui.lora_card import LoraCard, as_text, read_set, set_updates, state_updates
 from modules.ui.model_tab import ModelTab, labelled, model_choices
 
@@ -139,5 +139,5 @@ def wire(tab: ModelTab, service: Service) -> None:
     merged = card.merge.click(
         partial(_merge, service), [tab.model, text, card.merge_name, card.shard_size], card.follows_merge, **QUIET
     )  # fmt: skip
-    merged.then(partial(_models, service), tab.model, tab.model, **QUIET)
+    merged.then(partial(_models, service), tab.model, tab.model, **DIRECT)
     card.cancel_merge.click(lambda: service.loras.merger.cancel(), None, None, queue=False, **QUIET)

@@ -12,7 +12,7 @@ from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
 from modules.service import Service, View
 from modules.ui import cards
-from modules.ui.common import QUIET, edits, guarded, inform, warn
+from modules.ui.common import DIRECT, QUIET, edits, guarded, inform, warn
 from modules.ui.form import form_updates, form_values
 from modules.ui.model_tab import (
     ModelTab,
@@ -25,8 +25,10 @@ from modules.ui.model_tab import (
 )
 
 POLL_S = 0.25
-# What fills in the form goes one after another, in the order that it was asked for: an answer to an earlier question
-# must not overtake a later one.
+# On the page alone, and once what was chosen stands there: a click on Load, where it was wished and is not loaded yet.
+_AUTOLOAD = """(wished) => { if (wished && !document.querySelector("#summary [data-loaded]"))
+  setTimeout(() => document.getElementById("load").click(), 50) }"""
+# What changes the form or what is saved, and may pop up a message, goes one after another in the order of the clicks.
 _IN_ORDER: dict[str, Any] = {"concurrency_id": "form", "concurrency_limit": 1, **QUIET}
 
 
@@ -63,14 +65,6 @@ def _act(service: Service, action: Callable[[], None], model: str | None) -> Ite
         yield state_updates(service, model, error)
         return
     yield from _follow(service, model)
-
-
-def _autoload(tab: ModelTab, service: Service, model: str | None, on: bool, *raw: Any) -> Iterator[list[Any]]:
-    loaded = service.snapshot().loaded
-    if on and model and not (loaded and loaded.order.name == model):
-        yield from _load(tab, service, model, *raw)
-    else:
-        yield [gr.skip() for _ in tab.follows_state]  # a generator that yields nothing would empty the outputs
 
 
 def _fixed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
@@ -156,17 +150,16 @@ def wire(tab: ModelTab, service: Service) -> None:
         return guarded(outputs, partial(action, tab, service))
 
     changed, load = partial(_changed, tab, service), partial(_load, tab, service)
-    selected = tab.model.input(partial(show_selected, tab, service), tab.model, selected_outputs(tab), **_IN_ORDER)
-    autoload = partial(_autoload, tab, service)
-    selected.then(autoload, [tab.model, tab.autoload, *tab.form.widgets], tab.follows_state, **QUIET)
+    selected = tab.model.input(partial(show_selected, tab, service), tab.model, selected_outputs(tab), **DIRECT)
+    selected.then(None, tab.autoload, None, js=_AUTOLOAD)
     gr.on(
         [tab.model.input, tab.autoload.input],
         lambda model, autoload: {"model": model, "autoload": autoload},
-        [tab.model, tab.autoload], tab.remembered, queue=False, **QUIET,
+        [tab.model, tab.autoload], tab.remembered, **DIRECT,
     )  # fmt: skip
     gr.on(
         [*edits(tab.form.widgets), tab.loras.typed.change],
-        changed, inputs, tab.follows_view, trigger_mode="always_last", **_IN_ORDER,
+        changed, inputs, tab.follows_view, trigger_mode="always_last", **DIRECT,
     )  # fmt: skip
     _wire_loading(tab, service, inputs, changed, load)
     filled = [
@@ -177,7 +170,7 @@ def wire(tab: ModelTab, service: Service) -> None:
         ),
     ]
     for event in filled:  # leaving a field by the click may have asked for what stood there before it
-        event.then(changed, inputs, tab.follows_view, **_IN_ORDER)
+        event.then(changed, inputs, tab.follows_view, **DIRECT)
     tab.save.click(bound(_save), inputs, tab.follows_view, **_IN_ORDER)
     tab.forget.click(bound(_forget), tab.model, tab.follows_view, **_IN_ORDER)
     tab.import_legacy.click(bound(_import, shown + 1), tab.model, [tab.import_legacy, *tab.follows_view], **_IN_ORDER)
@@ -201,7 +194,7 @@ def _wire_loading(
                 (tab.unload, service.unload), (tab.reload, service.reload), (tab.cancel, service.cancel),
             )
         ),
-        tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **QUIET),
+        tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **DIRECT),
     ]  # fmt: skip
     for event in acted:
-        event.then(changed, inputs, tab.follows_view, **_IN_ORDER)
+        event.then(changed, inputs, tab.follows_view, **DIRECT)

@@ -124,7 +124,7 @@ def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bo
         {file.name: file.sha256 for file in view.facts.code_files} if view.facts else {},
         cards.code_list(view),
         cards.fit_card(view, service.measure()),
-        cards.summary(view),
+        cards.summary(view, service.snapshot().loaded),
     ]
 
 
