@@ -15,7 +15,7 @@ from modules.ui import lora_card
 from modules.ui.cards import error_box
 from modules.ui.common import DIRECT, QUIET, edits, inform, warn
 from modules.ui.lora_card import LoraCard, as_text, read_set, set_updates, state_updates
-from modules.ui.model_tab import ModelTab, labelled, model_choices
+from modules.ui.model_tab import ModelTab, menu_update, model_choices
 
 POLL_S = 0.25
 # In the browser, so that a click on Apply or Load that follows at once finds the set as it was chosen.
@@ -112,8 +112,7 @@ def _follow(service: Service) -> Iterator[list[Any]]:
 
 
 def _models(service: Service, model: str | None) -> Any:
-    choices = model_choices(service)
-    return gr.update(choices=labelled(service, choices), value=model if model in choices else None)
+    return menu_update(service, model_choices(service), model)
 
 
 def wire(tab: ModelTab, service: Service) -> None:

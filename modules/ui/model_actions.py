@@ -16,7 +16,7 @@ from modules.ui.common import DIRECT, QUIET, edits, guarded, inform, warn
 from modules.ui.form import form_updates, form_values
 from modules.ui.model_tab import (
     ModelTab,
-    labelled,
+    menu_update,
     model_choices,
     selected_outputs,
     show_selected,
@@ -115,6 +115,12 @@ def _allow_and_load(
     yield from _act(service, act, model)
 
 
+def _looked(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+    """The model's Python files as they are now, and whether they are allowed; no value is touched."""
+    view = service.view(model or "", form_values(tab.form, raw))
+    return view_updates(tab, service, view, with_values=False, shows_code=True)
+
+
 def _save(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
     path = service.save_settings(model or "", form_values(tab.form, raw))
     inform(f"Saved for {model} in {path.parent.name}/{path.name}.")
@@ -138,7 +144,7 @@ def _import(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
 
 def _refresh(service: Service, model: str | None) -> Any:
     choices = model_choices(service)
-    return gr.update(choices=labelled(service, choices), value=model if model in choices else None)
+    return menu_update(service, choices, model)
 
 
 def wire(tab: ModelTab, service: Service) -> None:
@@ -187,7 +193,9 @@ def _wire_loading(
         gr.on([tab.load.click, *submits], load, inputs, **acts),
         tab.anyway.click(partial(load, anyway=True), inputs, **acts),
         tab.fix.click(fixed, inputs, tab.form.widgets, **_IN_ORDER).then(load, inputs, **acts),
-        tab.allow_code.click(partial(_allow_and_load, tab, service), [tab.shown_code, *inputs], **acts),
+        tab.allow_code.click(partial(_allow_and_load, tab, service), [tab.shown_code, *inputs], **acts).then(
+            partial(_looked, tab, service), inputs, tab.follows_view, **DIRECT
+        ),
         *(
             button.click(partial(_act, service, action), tab.model, **acts)
             for button, action in (

@@ -108,8 +108,14 @@ def build(service: Service) -> ModelTab:
 # --- what the widgets show ---
 
 
-def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bool) -> list[Any]:
-    """Updates for ``tab.follows_view``."""
+def view_updates(
+    tab: ModelTab, service: Service, view: View, *, with_values: bool, shows_code: bool = False
+) -> list[Any]:
+    """Updates for ``tab.follows_view``.
+
+    ``shows_code``: the model's Python files are shown as they are now. Only where a person looks at the model anew:
+    a yes is a yes to the files that stood there when it was given, not to what replaced them a moment before.
+    """
     limit = view.facts.context_tokens if view.facts else 0
     alpha = alpha_for(view.context_tokens / limit) if limit and view.context_tokens > limit else 1.0
     needs_alpha = alpha > view.options.alpha_value and "alpha_value" not in view.reasons
@@ -121,11 +127,14 @@ def view_updates(tab: ModelTab, service: Service, view: View, *, with_values: bo
         *form_updates(tab.form, view, with_values=with_values),
         stretch,
         *_way_updates(view),
-        {file.name: file.sha256 for file in view.facts.code_files} if view.facts else {},
-        cards.code_list(view),
+        *(_code_updates(view) if shows_code else [gr.skip(), gr.skip()]),
         cards.fit_card(view, service.measure()),
         cards.summary(view, service.snapshot().loaded),
     ]
+
+
+def _code_updates(view: View) -> list[Any]:
+    return [{file.name: file.sha256 for file in view.facts.code_files} if view.facts else {}, cards.code_list(view)]
 
 
 def _way_updates(view: View) -> list[Any]:
@@ -189,13 +198,19 @@ def labelled(service: Service, names: list[str]) -> list[tuple[str, str]]:
     return [(f"{stars[name]}{name} · {badges[name]}" if name in badges else stars[name] + name, name) for name in names]
 
 
+def menu_update(service: Service, choices: list[str], model: str | None) -> Any:
+    """New entries for the menu. What is chosen stays, and is not said: another may have been chosen meanwhile."""
+    gone = {} if model in choices else {"value": None}
+    return gr.update(choices=labelled(service, choices), **gone)
+
+
 def show_selected(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
     """A model was chosen: its own options, its facts."""
     view = service.view(model or "")
     return [
         *group_updates(tab.form, view),
         *state_updates(service, model),
-        *view_updates(tab, service, view, with_values=True),
+        *view_updates(tab, service, view, with_values=True, shows_code=True),
     ]
 
 

@@ -172,6 +172,7 @@ def test_a_merged_model_is_in_the_menu(server: Server, open_page: Callable[..., 
     expect(page.locator("#merge-cancel")).to_be_hidden()
     select_model(page, "grown")
     expect(page.locator("#summary")).to_contain_text("LlamaForCausalLM")
+    expect(weight_of(page, "little")).to_be_hidden()  # none is chosen for a new model
     choose(page, "little")
     page.locator("#merge-start").click()  # the name is taken by now
     expect(page.locator("#merge-line")).to_contain_text("There is a model grown already")
