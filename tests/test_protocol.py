@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,8 @@ from modules.protocol import (
     Memory,
     Merged,
     MergeOrder,
+    Perplexity,
+    PerplexityOrder,
     Piece,
     Progress,
     Ready,
@@ -62,6 +66,13 @@ def reports() -> st.SearchStrategy[LoadReport]:
             options=st.just(GenerationOptions(seed=3)),
             messages=MESSAGES,
             adapters=st.none() | adapters(),
+        ),
+        st.builds(PerplexityOrder, adapters=st.none() | adapters()),
+        st.builds(
+            Perplexity,
+            perplexity=st.floats(1, 1e6) | st.just(math.inf),
+            stretches=st.lists(st.none() | st.floats(1, 1e6), max_size=3).map(tuple),
+            seconds=st.floats(0, 1e6),
         ),
         st.builds(AdaptersOrder, adapters=adapters()),
         applied(),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -28,6 +29,7 @@ from modules.protocol import (
     GENERATE,
     LOAD,
     MEMORY,
+    PERPLEXITY,
     AdapterChoice,
     AdaptersOrder,
     AdaptersReport,
@@ -40,6 +42,7 @@ from modules.protocol import (
     GenerateOrder,
     LoadOrder,
     Memory,
+    PerplexityOrder,
     Piece,
     Progress,
     Ready,
@@ -49,7 +52,9 @@ from modules.protocol import (
 )
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, generate, prompter
+from modules.worker.perplexity import measure
 from modules.worker.process import memory_given_back, memory_of_this_process
+from modules.worker.telling import Tell, telling
 
 if TYPE_CHECKING:
     from modules.worker.adapters import Adapters
@@ -143,6 +148,11 @@ class Worker:
     def _apply(self, loaded: Loaded, order: AdaptersOrder) -> AdaptersReport:
         self._adapters = self._adapters or _adapters(loaded)
         return self._adapters.apply(order.adapters)
+
+    def measure(self, order: PerplexityOrder, tell: Tell, stopped: threading.Event) -> None:
+        """Queue a measurement of perplexity; what is asked for meanwhile comes between its windows."""
+        loaded = self.loaded()
+        measure(loaded, order, partial(self._using, loaded), self.engine, tell, stopped)
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has. Does not wait for a generation."""
@@ -346,6 +356,10 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         report = await _applied(worker, await _order(request, AdaptersOrder))
         return Response(encode(report), media_type="application/json")
 
+    async def perplexity(request: Request) -> Response:
+        worker.loaded()
+        return telling(partial(worker.measure, await _order(request, PerplexityOrder)))
+
     async def memory(_: Request) -> Response:
         return Response(encode(worker.memory()), media_type="application/json")
 
@@ -356,6 +370,7 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         Route(COUNT, _quick(worker.count, CountOrder, "tokens"), methods=["POST"]),
         Route(ENCODE, _quick(worker.encode, EncodeOrder, "tokens"), methods=["POST"]),
         Route(DECODE, _quick(worker.decode, DecodeOrder, "text"), methods=["POST"]),
+        Route(PERPLEXITY, perplexity, methods=["POST"]),
         Route(MEMORY, memory, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {LoadstoneError: _refuse, Exception: _refuse}

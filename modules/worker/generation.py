@@ -129,7 +129,7 @@ class _Answer:
             torch.seed()
         else:
             torch.manual_seed(options.seed)
-        ids = torch.tensor([self._prompt.ids], dtype=torch.long, device=_input_device(self._model))
+        ids = torch.tensor([self._prompt.ids], dtype=torch.long, device=input_device(self._model))
         try:
             self._model.generate(
                 input_ids=ids,
@@ -237,7 +237,7 @@ def sampling(options: GenerationOptions) -> dict[str, Any]:
     }
 
 
-def _input_device(model: Any) -> Any:
+def input_device(model: Any) -> Any:
     """Where the first layer wants its input. A module whose weights lie on disk has them on "meta"."""
     device = model.get_input_embeddings().weight.device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
