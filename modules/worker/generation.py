@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modules.errors import LoadstoneError
@@ -49,19 +50,19 @@ def generate(
     """
     stopped = stopped or threading.Event()
     try:
-        prompt = prompter(loaded).prompt(order)
-        answer = _Answer(loaded, order, prompt, emit, stopped)
-        answer.run(order.options)
-        emit(answer.done())
+        answer = Answer(loaded, order, emit, stopped)
+        _generate(loaded.model, answer)
+        answer.end()
     except Exception as error:
-        emit(Failed(_typed(error, loaded.order)))
+        emit(Failed(typed(error, loaded.order)))
     else:
         return
     # Only here is the traceback gone, which held the tensors of the failed step.
-    _release()
+    release()
 
 
-def _typed(error: Exception, order: LoadOrder) -> LoadstoneError:
+def typed(error: Exception, order: LoadOrder) -> LoadstoneError:
+    """``error`` as one of our tree, without its traceback, which would keep a step's tensors in memory."""
     if isinstance(error, LoadstoneError):
         return error
     from modules.worker.failures import translate
@@ -69,34 +70,30 @@ def _typed(error: Exception, order: LoadOrder) -> LoadstoneError:
     return translate(error, order).with_traceback(None)
 
 
-def _release() -> None:
+def release() -> None:
+    """Give back what a failed step has left."""
     torch = sys.modules["torch"]
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-class _Stop(Exception):
-    """Leaves ``model.generate`` from within its streamer: cheaper than a stopping criterion, which costs tensors."""
-
-
-class _Answer:
-    """A streamer, as ``model.generate`` takes one, that turns tokens into pieces and knows why the answer ended."""
+class Answer:
+    """One answer as it grows: takes tokens, hands out their text, and knows when it is over and why."""
 
     def __init__(
-        self, loaded: Loaded, order: GenerateOrder, prompt: Prompt, emit: Callable[[Chunk], None],
-        stopped: threading.Event,
-    ) -> None:  # fmt: skip
-        self._model = loaded.model
+        self, loaded: Loaded, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event
+    ) -> None:
+        """Raises what the prompt or the order's shape is refused with."""
         self._tokenizer = loaded.tokenizer
-        self._prompt = prompt
-        self._limit = prompter(loaded).room(prompt)
+        self._prompt = prompt = prompter(loaded).prompt(order)
+        self.options = order.options
+        self.limit = min(order.options.max_new_tokens, prompter(loaded).room(prompt))
+        self.stopped = stopped
         self._emit = emit
-        self._stopped = stopped
         self._text = TextStream(loaded.tokenizer)
         self._stop_text = StopText((*prompt.stops, *order.shape.stops))
-        self._end_tokens = _end_tokens(loaded.model, loaded.tokenizer)
-        self._prompt_seen = False
+        self.end_tokens = _end_tokens(loaded.model, loaded.tokenizer)
         self._reason: FinishReason | None = None
         self._tokens = 0
         self._parts = _parts(loaded, order.shape, prompt) if order.shape.split else None
@@ -116,68 +113,56 @@ class _Answer:
 
         parts = self._parts
         return Shaping(
-            shape, self._tokenizer, self._end_tokens, parts.tools if parts else None,
+            shape, self._tokenizer, self.end_tokens, parts.tools if parts else None,
             lambda: parts is not None and parts.thinking, order.options.repetition_penalty,
         )  # fmt: skip
 
-    def run(self, options: GenerationOptions) -> None:
-        """Generate. Sets the seed of the process."""
-        import torch
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._prompt.ids
 
-        self._limit = min(options.max_new_tokens, self._limit)
-        if options.seed < 0:
-            torch.seed()
-        else:
-            torch.manual_seed(options.seed)
-        ids = torch.tensor([self._prompt.ids], dtype=torch.long, device=input_device(self._model))
-        try:
-            self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=self,
-                max_new_tokens=self._limit,
-                eos_token_id=sorted(self._end_tokens) or None,
-                pad_token_id=_pad_token(self._tokenizer, self._end_tokens),
-                **{**sampling(options), **self._processors()},
-            )
-        except _Stop:
-            return
-        self._hand_out(self._stop_text.push(self._text.finish()) + self._stop_text.finish())
+    def choosing(self) -> dict[str, Any]:
+        """The kwargs of ``model.generate`` that choose this answer's tokens and end it.
 
-    def _processors(self) -> dict[str, Any]:
-        """Its own processor counts the repetition penalty too, so that log probabilities are the model's own."""
-        if self._shaping is None:
-            return {}
-        return {"logits_processor": [self._shaping], "repetition_penalty": 1.0}
+        Its own processor counts the repetition penalty too, so that log probabilities are the model's own.
+        """
+        own = {} if self._shaping is None else {"logits_processor": [self._shaping], "repetition_penalty": 1.0}
+        return {
+            "max_new_tokens": self.limit,
+            "eos_token_id": sorted(self.end_tokens) or None,
+            "pad_token_id": _pad_token(self._tokenizer, self.end_tokens),
+            **sampling(self.options),
+            **own,
+        }
 
-    def put(self, value: Any) -> None:
-        """Called by ``model.generate`` with the prompt first, then with each new token, as tensors on the CPU."""
-        if self._stopped.is_set():
-            self._leave("cancelled")
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        token = int(value)
+    def take(self, token: int) -> bool:
+        """Note the token that was chosen next; whether the answer is over with it."""
         self._last = time.perf_counter()
         self._first = self._last if not self._tokens else self._first
         self._tokens += 1
         if self._shaping is not None and (told := self._shaping.chosen(token)) is not None:
             self._logprobs.append(told)
-        if token in self._end_tokens:
+        if token in self.end_tokens:
             self._reason = "stop"
-            return
-        self._hand_out(self._stop_text.push(self._text.push(token)))
-        if self._stop_text.stopped:
-            self._leave("stop")
+        else:
+            self._hand_out(self._stop_text.push(self._text.push(token)))
+            if self._stop_text.stopped:
+                self._reason = "stop"
+            elif self._tokens >= self.limit:
+                self._reason = "length"
+        return self._reason is not None
 
     def end(self) -> None:
-        """Called by ``model.generate`` after the last token."""
+        """Hand out what was held back, and say how the answer ended; "cancelled" where it was not over."""
         if self._reason is None:
-            self._reason = "length" if self._tokens >= self._limit else "stop"
+            self._reason = "cancelled"
+        elif not self._stop_text.stopped:
+            self._hand_out(self._stop_text.push(self._text.finish()) + self._stop_text.finish())
+        self._emit(self._done())
 
-    def _leave(self, reason: FinishReason) -> None:
-        self._reason = reason
-        raise _Stop
+    def fail(self, error: LoadstoneError) -> None:
+        """End the answer with an error."""
+        self._emit(Failed(error))
 
     def _hand_out(self, text: str) -> None:
         if self._parts is not None:
@@ -192,7 +177,7 @@ class _Answer:
             self._emit(Piece(text, self._tokens, reasoning, tuple(self._logprobs)))
             self._logprobs.clear()
 
-    def done(self) -> Done:
+    def _done(self) -> Done:
         """What there is to say after the last piece, which is handed out before it."""
         if self._parts is not None:
             reasoning, text = self._parts.finish()
@@ -207,6 +192,45 @@ class _Answer:
             seconds=self._last - self._first,
             dropped_messages=self._prompt.dropped_messages,
             tool_calls=tuple(self._parts.calls) if self._parts is not None else (),
+        )
+
+
+class _Stop(Exception):
+    """Leaves ``model.generate`` from within its streamer: cheaper than a stopping criterion, which costs tensors."""
+
+
+class _Streamer:
+    """Gives an answer its tokens, as ``model.generate`` makes them."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        """Called by ``model.generate`` with the prompt first, then with each new token, as tensors on the CPU."""
+        if self._answer.stopped.is_set():
+            raise _Stop
+        if not self._prompt_seen:
+            self._prompt_seen = True
+        elif self._answer.take(int(value)):
+            raise _Stop
+
+    def end(self) -> None:
+        """Called by ``model.generate`` after the last token."""
+
+
+def _generate(model: Any, answer: Answer) -> None:
+    """Let ``model.generate`` make the answer's tokens. Sets the seed of the process."""
+    import torch
+
+    if answer.options.seed < 0:
+        torch.seed()
+    else:
+        torch.manual_seed(answer.options.seed)
+    ids = torch.tensor([answer.prompt_ids], dtype=torch.long, device=input_device(model))
+    with suppress(_Stop):
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=_Streamer(answer), **answer.choosing()
         )
 
 
