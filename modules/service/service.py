@@ -24,6 +24,7 @@ from modules.service.downloads import Downloads
 from modules.service.fit import Fit, fit_of, refusal, without
 from modules.service.learned import Learned
 from modules.service.loras import LoraPlan, Loras
+from modules.service.perplexity import Perplexities
 from modules.service.shelf import Shelf
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
@@ -58,6 +59,7 @@ class Service(Answering):
         self.downloads = Downloads(library, cache_dir.parent, cache_dir.parent.parent / "loras", measure, self.snapshot)
         self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.snapshot)
         self.learned = Learned(cache_dir)
+        self.perplexity = Perplexities(lambda: self.supervisor, cache_dir)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
         self._quantized_cache = quantized_cache
