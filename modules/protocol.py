@@ -13,8 +13,6 @@ writes events, one line of JSON each, to its stdout. Commands go by HTTP to 127.
 ``POST /count``         :class:`CountOrder`         ``{"tokens": n}``
 ``POST /encode``        :class:`EncodeOrder`        ``{"tokens": [id, …]}``
 ``POST /decode``        :class:`DecodeOrder`        ``{"text": …}``
-``POST /perplexity``    :class:`PerplexityOrder`    lines of JSON: Progress …, then one Perplexity or Failed;
-                                                    closing the connection stops it
 ``GET /memory``         –                           :class:`Memory`
 ======================  ==========================  ==================================================
 
@@ -38,7 +36,6 @@ from modules.options import GenerationOptions, LoadOptions
 LOAD, GENERATE, COUNT, MEMORY = "/load", "/generate", "/count", "/memory"
 ADAPTERS = "/adapters"
 ENCODE, DECODE = "/encode", "/decode"
-PERPLEXITY = "/perplexity"
 Task = Literal["causal", "seq2seq"]
 FinishReason = Literal["stop", "length", "cancelled"]
 # {"role": "system" | "user" | "assistant" | "tool", "content": …}; beside them what the model's template reads of tools
@@ -206,39 +203,6 @@ class DecodeOrder:
 
 
 @dataclass(frozen=True)
-class PerplexityOrder:
-    """How well the model predicts a text, window by window.
-
-    The first window predicts all of its tokens but the first, each later one those that none before it has, so that
-    every token is predicted once, with at least ``window_tokens - stride_tokens`` tokens before it. Where windows do
-    not overlap, nothing predicts the first token of each.
-    """
-
-    text: str
-    window_tokens: int = 0  # what a token may look back on; 0: the context that was loaded
-    stride_tokens: int = 0  # from one window's beginning to the next one's; 0: half a window
-    most_tokens: int = 0  # of the text, from its beginning; 0: all
-    adapters: tuple[AdapterChoice, ...] | None = None  # as a GenerateOrder's
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean of -ln p(token) over the tokens that were predicted.
-
-    ``stretches``: the same by place in the window, for each ``stretch_tokens`` of it; None where none was predicted.
-    """
-
-    perplexity: float
-    tokens: int  # that were predicted
-    windows: int
-    window_tokens: int
-    stride_tokens: int
-    stretch_tokens: int
-    stretches: tuple[float | None, ...]
-    seconds: float  # of computing, waiting for answers not counted
-
-
-@dataclass(frozen=True)
 class Memory:
     """What the worker holds, and at most held. ``gpu_…`` by GPU in the order that the machine lists them: what
     torch has reserved, without the context of 0.3 to 0.5 GiB."""
@@ -341,8 +305,6 @@ _CLASSES: dict[str, type[Any]] = {
         CountOrder,
         EncodeOrder,
         DecodeOrder,
-        PerplexityOrder,
-        Perplexity,
         AdaptersOrder,
         AdaptersReport,
         MergeOrder,
@@ -360,7 +322,6 @@ _CLASSES: dict[str, type[Any]] = {
 _NESTED: dict[str, Mapping[str, type[Any]]] = {
     "LoadOrder": {"options": LoadOptions, "adapters": AdapterChoice},
     "GenerateOrder": {"options": GenerationOptions, "shape": Shape, "adapters": AdapterChoice},
-    "PerplexityOrder": {"adapters": AdapterChoice},
     "AdaptersOrder": {"adapters": AdapterChoice},
     "AdaptersReport": {"adapters": AdapterChoice},
     "MergeOrder": {"adapters": AdapterChoice},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from modules.errors import OutOfMemory
 from modules.options import GenerationOptions, LoadOptions
+from modules.perplexity import Perplexity, PerplexityOrder
 from modules.protocol import (
     AdapterChoice,
     AdaptersOrder,
@@ -25,8 +26,6 @@ from modules.protocol import (
     Memory,
     Merged,
     MergeOrder,
-    Perplexity,
-    PerplexityOrder,
     Piece,
     Progress,
     Ready,

@@ -33,6 +33,7 @@ from modules.supervisor.child import Child
 from modules.supervisor.loading import Load
 from modules.supervisor.owner import Job, Owner
 from modules.supervisor.state import LOAD_STATES, Snapshot, State
+from modules.supervisor.told import Told
 
 COMMAND = (sys.executable, "-m", "modules.worker")
 _COUNT_S = 30.0
@@ -223,6 +224,11 @@ class Supervisor:
         with self._changed:
             child = self._answering()
         return dict(json.loads(child.call("POST", path, order, timeout_s=_COUNT_S)))
+
+    def tell(self, path: str, order: Any) -> Told:
+        """What the worker tells of a longer work as it goes on; see :class:`Told`. Raises NothingLoaded."""
+        with self._changed:
+            return Told(self._answering(), path, order)
 
     def memory(self) -> Memory | None:
         """What the loaded model's process holds; None where nothing is loaded, or it is too busy to answer."""

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, NothingLoaded, UserError
+from modules.perplexity import PERPLEXITY, PerplexityOrder
 from modules.protocol import (
     ADAPTERS,
     COUNT,
@@ -29,7 +30,6 @@ from modules.protocol import (
     GENERATE,
     LOAD,
     MEMORY,
-    PERPLEXITY,
     AdapterChoice,
     AdaptersOrder,
     AdaptersReport,
@@ -42,7 +42,6 @@ from modules.protocol import (
     GenerateOrder,
     LoadOrder,
     Memory,
-    PerplexityOrder,
     Piece,
     Progress,
     Ready,

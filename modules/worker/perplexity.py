@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modules.errors import OptionError, RequestTooLong, UnsupportedModel, UserError
-from modules.protocol import AdapterChoice, Failed, LoadOrder, Perplexity, PerplexityOrder, Progress
+from modules.perplexity import Perplexity, PerplexityOrder
+from modules.protocol import AdapterChoice, Failed, LoadOrder, Progress
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, input_device
 from modules.worker.telling import Tell

@@ -15,13 +15,11 @@ import pytest
 
 from modules.errors import LoadstoneError, OptionError, RequestTooLong, UnsupportedModel, UserError, error_from_dict
 from modules.options import GenerationOptions
+from modules.perplexity import PERPLEXITY, Perplexity, PerplexityOrder
 from modules.protocol import (
-    PERPLEXITY,
     Done,
     Failed,
     GenerateOrder,
-    Perplexity,
-    PerplexityOrder,
     Progress,
     decode,
     encode,
