@@ -14,6 +14,8 @@ from pathlib import Path
 from modules.errors import OptionError
 from modules.options import SERVER_OPTIONS, ServerOptions
 
+_LONG = 19  # characters, those of new_password()
+_VARIED = 8  # different ones
 _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is taken for another when typed off a screen
 
 
@@ -60,27 +62,41 @@ class Credentials:
                 found = one.role
         return found
 
-    def role_by_header(self, authorization: str) -> Role | None:
-        """The role behind an Authorization header: ``Bearer`` with a key, or ``Basic`` with name and password."""
-        scheme, _, given = authorization.partition(" ")
-        if scheme.lower() == "bearer":
-            return self.role(given.strip())
-        if scheme.lower() != "basic":
-            return None
-        try:
-            user, _, secret = base64.b64decode(given, validate=True).decode().partition(":")
-        except (binascii.Error, ValueError):
-            return None
-        return self.role(secret, user)
-
     def _digest(self, user: str, secret: str) -> bytes:
         said = f"{len(user)}:{user}:{secret}".encode("utf-8", "surrogatepass")
         return hmac.digest(self._salt, said, "sha256")
 
 
+def said_in(authorization: str) -> tuple[str, str]:
+    """(secret, user) of an Authorization header: ``Bearer`` with a key, or ``Basic`` with name and password.
+
+    ("", "") for another header, which is nobody's.
+    """
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip(), ""
+    if scheme.lower() != "basic":
+        return "", ""
+    try:
+        user, _, secret = base64.b64decode(given, validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return "", ""
+    return secret, user
+
+
+def guessable(secret: str) -> bool:
+    """Whether somebody who tries thousands a second might hit it: a word, a short key. Not so a password of
+    :func:`new_password`, or a key of its length and variety.
+    """
+    mixed = any(map(str.isdigit, secret)) and any(map(str.isalpha, secret))
+    return len(secret) < _LONG or len(set(secret)) < _VARIED or not mixed
+
+
 def new_password() -> str:
     """79 bits, in groups that can be typed: ``k7mp-x2wd-9fgh-rtbn``."""
-    return "-".join("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(4))
+    while guessable(made := "-".join("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(4))):
+        pass  # one in a hundred has no digit
+    return made
 
 
 def from_options(server: ServerOptions) -> tuple[Credentials, str]:

@@ -28,6 +28,14 @@ def host_name(authority: str) -> str:
         return ""
 
 
+def host_port(authority: str) -> int | None:
+    """The port in ``name:port``; None where there is none."""
+    try:
+        return urlsplit(f"//{authority}").port
+    except ValueError:
+        return None
+
+
 def refusal(headers: Headers, scheme: str, allowed: Iterable[str] | Hosts) -> AccessRefused | None:
     """Why a request with these headers is not served; None if it is.
 

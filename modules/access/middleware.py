@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modules.access import login
 from modules.access.attempts import Attempts
-from modules.access.credentials import Credentials, Role
-from modules.access.hosts import Hosts, refusal
+from modules.access.credentials import Credentials, Role, guessable, said_in
+from modules.access.hosts import Hosts, host_port, refusal
 from modules.access.rules import OPEN_ROUTES, guest_may
-from modules.access.sessions import Sessions, set_cookie
+from modules.access.sessions import Sessions, cookie_name, set_cookie, token_in
 from modules.errors import AccessRefused, Cancelled, LoadstoneError, LoginRequired, RequestTooLarge, TooManyAttempts
 
 MOST_BYTES = 32 * 2**20  # of a request's body
@@ -102,7 +102,7 @@ class AccessMiddleware:
         if f"{method} {path}" in OPEN_ROUTES:
             return self.applications[Role.ADMIN]
         try:
-            role = self._role(headers, _client(scope))
+            role = await self._role(scope, headers)
         except LoginRequired:
             if method in ("GET", "HEAD") and "text/html" in headers.get("accept", ""):
                 return RedirectResponse(f"{self._subpath}/login", 303)
@@ -114,32 +114,35 @@ class AccessMiddleware:
             )
         return self.applications.get(role, self.applications[Role.ADMIN])
 
-    def _role(self, headers: Headers, client: str) -> Role:
+    async def _role(self, scope: Scope, headers: Headers) -> Role:
         """Who asks. Raises LoginRequired and TooManyAttempts."""
         if not self._credentials:
             return Role.ADMIN
-        role = self._sessions.role(headers.get("cookie", ""))
+        role = self._sessions.role(_token(scope, headers))
         given = headers.get("authorization", "")
         if role and given.lower().startswith("basic "):
             return role  # a browser sends it by itself, where a proxy in front asks for a password of its own
         if given:  # what is sent on purpose comes before what a browser sends by itself
-            self._slow_down(client)
-            role = self._credentials.role_by_header(given)
-            self._note(client, role)
+            role = await self._proven(_client(scope), *said_in(given))
         if role is None:
             raise LoginRequired("The key is not known here." if given else "A login or a key is needed here.")
         return role
 
-    def _slow_down(self, client: str) -> None:
-        wait_s = self._attempts.wait_s(client)
-        if wait_s > 0:
-            raise TooManyAttempts(f"Too many wrong attempts. Try again in {math.ceil(wait_s)} s.")
+    async def _proven(self, client: str, secret: str, user: str) -> Role | None:
+        """The role of who knows this; None for nobody. After wrong attempts from that address it takes a while.
 
-    def _note(self, client: str, role: Role | None) -> None:
+        Raises TooManyAttempts. A secret that nobody can guess need not wait: no flood of attempts, from a neighbour
+        behind the same address for one, keeps out who knows it.
+        """
+        role = self._credentials.role(secret, user)
+        if role and not guessable(secret):
+            return role
+        await self._attempts.turn(client)
         if role is None:
             self._attempts.failed(client)
         elif role is Role.ADMIN:  # a guest's own key must not win fresh guesses at the administrator's
             self._attempts.succeeded(client)
+        return role
 
     async def _login(self, request: Request) -> Response:
         """The login page, and what a login answers with."""
@@ -148,13 +151,10 @@ class AccessMiddleware:
         if request.method != "POST":
             return self._page()
         user, secret = await _user_and_secret(request)
-        client = _client(request.scope)
         try:
-            self._slow_down(client)
+            role = await self._proven(_client(request.scope), secret, user.strip())
         except TooManyAttempts as error:
             return self._page(user, error.message, error.status)
-        role = self._credentials.role(secret, user.strip())
-        self._note(client, role)
         if role is None:
             return self._page(user, "That is not right.", 401)
         answer = RedirectResponse(f"{self._subpath}/", 303)
@@ -166,20 +166,32 @@ class AccessMiddleware:
         return HTMLResponse(html, status, {"cache-control": "no-store"})
 
     def _logout(self, scope: Scope, headers: Headers) -> Response:
-        self._sessions.end(headers.get("cookie", ""))
+        self._sessions.end(_token(scope, headers))
         answer = RedirectResponse(f"{self._subpath}/login", 303)
         answer.headers["set-cookie"] = self._cookie(scope, "")
         return answer
 
     def _cookie(self, scope: Scope, token: str) -> str:
-        forwarded = Headers(scope=scope).get("x-forwarded-proto", "").split(",")[0].strip()
+        headers = Headers(scope=scope)
+        forwarded = headers.get("x-forwarded-proto", "").split(",")[0].strip()
         secure = "https" in (_http_scheme(scope), forwarded)
-        return set_cookie(token, path=f"{self._subpath}/", secure=secure)
+        return set_cookie(_cookie_name(scope, headers), token, path=f"{self._subpath}/", secure=secure)
 
 
 def _http_scheme(scope: Scope) -> str:
     scheme = str(scope.get("scheme", "http"))
     return {"ws": "http", "wss": "https"}.get(scheme, scheme)
+
+
+def _cookie_name(scope: Scope, headers: Headers) -> str:
+    """By the port that the browser knows, or where it is not said the one that is listened on."""
+    server = scope.get("server") or ("", None)
+    return cookie_name(host_port(headers.get("host", "")) or server[1])
+
+
+def _token(scope: Scope, headers: Headers) -> str:
+    """The token of a login in the browser's cookies; "" for none."""
+    return token_in(headers.get("cookie", ""), _cookie_name(scope, headers))
 
 
 def _client(scope: Scope) -> str:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from modules.access.credentials import Role
 
-COOKIE = "loadstone-login"
+_COOKIE = "loadstone-login"
 LIVES_S = 30 * 24 * 3600
 _MOST = 4096
 
@@ -32,34 +32,39 @@ class Sessions:
                 del self._open[next(guests, next(iter(self._open)))]
         return token
 
-    def role(self, cookies: str) -> Role | None:
-        """The role of the token in a Cookie header; None where it stands for nobody, or nobody any more."""
+    def role(self, token: str) -> Role | None:
+        """The role that the token stands for; None where it is nobody's, or nobody's any more."""
         with self._lock:
-            role, until = self._open.get(_hash(token_in(cookies)), (None, 0.0))
+            role, until = self._open.get(_hash(token), (None, 0.0))
         return role if until > time.monotonic() else None
 
-    def end(self, cookies: str) -> None:
+    def end(self, token: str) -> None:
         """The token stands for nobody from now on."""
         with self._lock:
-            self._open.pop(_hash(token_in(cookies)), None)
+            self._open.pop(_hash(token), None)
 
 
 def _hash(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def token_in(cookies: str) -> str:
-    """The token in a Cookie header; "" for none.
+def cookie_name(port: int | None) -> str:
+    """The cookie of the server that a browser reaches at this port: a browser sends those of all ports to each."""
+    return f"{_COOKIE}-{port}" if port else _COOKIE
+
+
+def token_in(cookies: str, name: str) -> str:
+    """The token that the cookie ``name`` of a Cookie header holds; "" for none.
 
     Not by http.cookies, which gives up at the first cookie that it does not like: on localhost those of other
     programs come along, and some hold JSON.
     """
     pairs = (part.partition("=") for part in cookies.split(";"))
-    return next((value.strip() for name, _, value in pairs if name.strip() == COOKIE), "")
+    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
 
 
-def set_cookie(token: str, *, path: str, secure: bool) -> str:
+def set_cookie(name: str, token: str, *, path: str, secure: bool) -> str:
     """The Set-Cookie header for a token; an empty token takes the cookie away."""
     age = LIVES_S if token else 0
     ending = "; Secure" if secure else ""
-    return f"{COOKIE}={token}; Path={path or '/'}; Max-Age={age}; HttpOnly; SameSite=Lax{ending}"
+    return f"{name}={token}; Path={path or '/'}; Max-Age={age}; HttpOnly; SameSite=Lax{ending}"

@@ -9,13 +9,18 @@ import pytest
 
 from modules.access import Credential, Credentials, Role, from_options, new_password
 from modules.access.attempts import FREE, LONGEST_S, Attempts
-from modules.access.sessions import Sessions, set_cookie
+from modules.access.credentials import guessable, said_in
+from modules.access.sessions import Sessions, cookie_name, set_cookie, token_in
 from modules.errors import OptionError
 from modules.options import SERVER_OPTIONS, ServerOptions
 
 
 def basic(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def by_header(credentials: Credentials, header: str) -> Role | None:
+    return credentials.role(*said_in(header))
 
 
 def test_without_sharing_nobody_needs_to_log_in() -> None:
@@ -34,7 +39,7 @@ def test_without_sharing_nobody_needs_to_log_in() -> None:
 def test_who_shares_without_an_administrator_gets_a_password(options: dict[str, object]) -> None:
     credentials, made = from_options(ServerOptions(**options))  # type: ignore[arg-type]
     assert credentials.role(made) is Role.ADMIN
-    assert credentials.role_by_header(f"Bearer {made}") is Role.ADMIN
+    assert by_header(credentials, f"Bearer {made}") is Role.ADMIN
     assert from_options(ServerOptions(listen=True))[1] != made
 
 
@@ -56,12 +61,12 @@ def test_roles(tmp_path: Path) -> None:
              ("gast", "drei"): "guest", ("", "ak"): "guest", ("", "bk"): "administrator"}  # fmt: skip
     for (user, secret), role in known.items():
         assert credentials.role(secret, user) == role
-        assert credentials.role_by_header(basic(user, secret)) == role
+        assert by_header(credentials, basic(user, secret)) == role
         for other, another in ((user + "x", secret), (user, secret + "x"), (user, ""), ("", secret + " ")):
             assert credentials.role(another, other) is None
-    assert credentials.role_by_header("bearer ak") is Role.GUEST
+    assert by_header(credentials, "bearer ak") is Role.GUEST
     for header in ("Bearer", "Bearer one", "Basic !!", "Basic " + "/w==", "ak", "Digest ak", ""):
-        assert credentials.role_by_header(header) is None
+        assert by_header(credentials, header) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,20 @@ def test_a_file_is_refused_with_the_line_that_is_wrong(tmp_path: Path) -> None:
 def test_a_password_can_be_typed_and_not_guessed() -> None:
     made = {new_password() for _ in range(200)}
     assert len(made) == 200
+    assert not any(map(guessable, made))
     assert all(len(one) == 19 and set(one) <= set("abcdefghjkmnpqrstuvwxyz23456789-") for one in made)
+
+
+@pytest.mark.parametrize(
+    ("secret", "could_be"),
+    [
+        ("hunter2", True), ("correct horse battery staple", True), ("0123456789012345678901", True),
+        ("a1a1a1a1a1a1a1a1a1a1a1", True), ("k7mp-x2wd-9fgh-rtb", True), ("k7mp-x2wd-9fgh-rtbn", False),
+        ("sk-4f9a0c6e1b7d83525c0e", False),
+    ],
+)  # fmt: skip
+def test_which_secrets_could_be_guessed(secret: str, could_be: bool) -> None:
+    assert guessable(secret) is could_be
 
 
 def test_secrets_are_not_in_a_representation() -> None:
@@ -139,39 +157,37 @@ def test_many_logins_of_a_guest_put_no_administrator_out(monkeypatch: pytest.Mon
     monkeypatch.setattr("modules.access.sessions._MOST", 3)
     sessions = Sessions()
     begun = [sessions.begin(role) for role in (Role.ADMIN, *[Role.GUEST] * 5)]
-    roles = [sessions.role(f"loadstone-login={token}") for token in begun]
+    roles = [sessions.role(token) for token in begun]
     assert roles == [Role.ADMIN, None, None, None, Role.GUEST, Role.GUEST]
     begun += [sessions.begin(Role.ADMIN) for _ in range(4)]
-    assert [sessions.role(f"loadstone-login={token}") for token in begun] == [None] * 7 + [Role.ADMIN] * 3
+    assert [sessions.role(token) for token in begun] == [None] * 7 + [Role.ADMIN] * 3
 
 
 def test_sessions_end() -> None:
     sessions = Sessions()
     token = sessions.begin(Role.GUEST)
-    cookies = f"other=1; {set_cookie(token, path='/', secure=True).split(';')[0]}"
-    assert sessions.role(cookies) is Role.GUEST
-    assert sessions.role(cookies + "x") is None
+    assert sessions.role(token) is Role.GUEST
+    assert sessions.role(token + "x") is None
     assert sessions.role("") is None
-    sessions.end(cookies)
-    assert sessions.role(cookies) is None
+    sessions.end(token)
+    assert sessions.role(token) is None
 
 
 @pytest.mark.parametrize(
-    "other", ['a={"x":1}', "valueless", "path=/x", "a=b c", "[x]=1", 'a="q', "x=loadstone-login=1"]
+    "other",
+    ['a={"x":1}', "valueless", "path=/x", "a=b c", "[x]=1", 'a="q', "x=loadstone-login-80=1", "loadstone-login=1"],
 )
 def test_cookies_of_other_programs_on_this_host_log_nobody_out(other: str) -> None:
-    sessions = Sessions()
-    mine = f"loadstone-login={sessions.begin(Role.ADMIN)}"
-    assert sessions.role(f"{other}; {mine}") is Role.ADMIN
-    assert sessions.role(f"{mine}; {other}") is Role.ADMIN
-    assert sessions.role(other) is None
+    name = cookie_name(80)
+    assert token_in(f"{other}; {name}=mine", name) == token_in(f"{name}=mine; {other}", name) == "mine"
+    assert token_in(f"{other}; {cookie_name(81)}=its", name) == ""
 
 
 def test_a_cookie_is_for_this_site_and_no_script() -> None:
-    cookie = set_cookie("t", path="/llm/", secure=True)
-    for part in ("HttpOnly", "SameSite=Lax", "Secure", "Path=/llm/"):
+    cookie = set_cookie("login", "t", path="/llm/", secure=True)
+    for part in ("login=t", "HttpOnly", "SameSite=Lax", "Secure", "Path=/llm/"):
         assert part in cookie
-    assert "Secure" not in set_cookie("t", path="/", secure=False)
+    assert "Secure" not in set_cookie("login", "t", path="/", secure=False)
 
 
 def test_a_key_in_a_settings_file_that_is_no_text_is_not_shown() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fastapi.testclient import TestClient
 from starlette.routing import BaseRoute, Mount, Route
 
 from modules import web
-from modules.access import MOST_BYTES, AccessMiddleware, Role
+from modules.access import MOST_BYTES, AccessMiddleware, Role, new_password
 from modules.access.attempts import FREE, Attempts
 from modules.access.rules import GUEST_ROUTES, OPEN_ROUTES, guest_may
 from modules.options import ServerOptions
@@ -154,9 +156,9 @@ def test_logging_in_and_out(client: TestClient, user: str, password: str, guest:
     assert client.get("/", headers=PAGE).status_code == 200
     assert client.post("/v1/internal/model/unload").status_code == (403 if guest else 200)
     assert client.get("/v1/models", headers={"authorization": "Bearer nonsense"}).status_code == 401
-    cookie = client.cookies["loadstone-login"]
+    [(name, cookie)] = client.cookies.items()
     client.post("/logout")
-    assert client.get("/v1/models", headers={"cookie": f"loadstone-login={cookie}"}).status_code == 401
+    assert client.get("/v1/models", headers={"cookie": f"{name}={cookie}"}).status_code == 401
 
 
 def test_the_password_of_a_proxy_in_front_does_not_disturb_a_login(client: TestClient) -> None:
@@ -168,21 +170,51 @@ def test_the_password_of_a_proxy_in_front_does_not_disturb_a_login(client: TestC
     assert client.get("/v1/models", auth=("proxy", "password")).status_code == 401
 
 
-def test_guessing_is_slowed_down_for_the_right_password_too(demo_model: Path, tmp_path: Path) -> None:
-    with services(tmp_path, demo_model) as make, fresh(web.application(make(), web.open_door(SERVER))) as client:
-        statuses = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}).status_code for n in range(5)]
-        assert statuses == [401, 401, 401, 429, 429]
-        assert client.get("/v1/models", headers=KEYS[Role.GUEST]).status_code == 429
-        page = client.post("/login", data={"user": "root", "password": "one"})
-        assert (page.status_code, "Try again in" in page.text) == (429, True)
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
-def test_a_guests_key_wins_no_fresh_guesses(client: TestClient) -> None:
+def test_a_flood_of_wrong_keys_is_slowed_down_and_keeps_no_right_one_out(demo_model: Path, tmp_path: Path) -> None:
+    """Of requests at a time one waits for its turn, those with a secret that nobody can guess go through, the rest is
+    refused: a program on the same address as the flood is late at most.
+    """
+    made = new_password()
+    server = ServerOptions(gradio_auth=("root:one",), api_key="guest-key", admin_key=made)
+    with services(tmp_path, demo_model) as make, fresh(web.application(make(), web.open_door(server))) as client:
+
+        def status(headers: dict[str, str]) -> int:
+            return client.get("/v1/models", headers=headers).status_code
+
+        began = time.monotonic()
+        assert [status(bearer(str(n))) for n in range(FREE)] == [401] * FREE
+        assert status(KEYS[Role.GUEST]) == 200  # late
+        assert time.monotonic() - began > 0.9
+        assert status(bearer("x")) == 401  # a wrong one: two seconds from now on
+        with ThreadPoolExecutor(8) as pool:
+            waiting = [pool.submit(status, bearer(f"x{n}")) for n in range(8)]
+            wait(waiting, return_when=FIRST_COMPLETED)
+            assert [status(bearer(made)) for _ in range(5)] == [200] * 5
+            page = client.post("/login", data={"user": "root", "password": "one"})
+            assert (page.status_code, "Try again in" in page.text) == (429, True)
+            assert sorted(one.result() for one in waiting) == [401] + [429] * 7
+
+
+def test_a_guests_key_wins_no_fresh_guesses(door: AccessMiddleware, client: TestClient) -> None:
     for number in range(FREE):
         assert client.get("/v1/models", headers=KEYS[Role.GUEST]).status_code == 200
-        wrong = client.get("/v1/models", headers={"authorization": f"Bearer {number}"})
-        assert wrong.status_code == 401
-    assert client.get("/v1/models", headers={"authorization": "Bearer x"}).status_code == 429
+        assert client.get("/v1/models", headers=bearer(str(number))).status_code == 401
+    assert door._attempts.wait_s("testclient") > 0
+
+
+def test_two_servers_on_one_host_do_not_log_each_other_out(client: TestClient) -> None:
+    """Cookies do not know ports: the browser sends all of them to each."""
+    for port in (7860, 7861):
+        answer = client.post(f"http://127.0.0.1:{port}/login", data={"user": "root", "password": "one"})
+        assert answer.status_code == 303
+    assert len(client.cookies) == 2
+    client.post("http://127.0.0.1:7861/logout")
+    assert client.get("http://127.0.0.1:7860/v1/models").status_code == 200
+    assert client.get("http://127.0.0.1:7861/v1/models").status_code == 401
 
 
 @pytest.mark.parametrize(
