@@ -10,6 +10,7 @@
     │   ├── ModelNotFound            no such model in any model folder
     │   ├── BrokenCheckpoint         the files are damaged or incomplete
     │   │   ├── UnsafeCheckpoint     a pickle with code, or names that leave the folder
+    │   │   ├── BrokenTemplate       the model's chat template runs for ever, or writes without end
     │   │   └── NotAModel            a folder or file that holds no model
     │   ├── UnsupportedModel         an architecture or format no loader takes
     │   ├── AdapterError             a LoRA cannot be used
@@ -18,6 +19,7 @@
     │   ├── CustomCodeRefused        the model brings Python code that nobody allowed
     │   ├── MissingPackage           an optional package is needed
     │   ├── OutOfMemory              a GPU or the RAM is too small for what was asked
+    │   │   └── NoPlace              as many models as may be are loaded, and all are pinned
     │   ├── DiskFull                 no space where something has to be written
     │   ├── NothingLoaded            asked to use a model while none is loaded
     │   ├── Busy                     another load is under way
@@ -31,6 +33,12 @@
     │   ├── UnsupportedParameter     a request asks for what this server or this model does not do
     │   ├── RequestTooLarge          the request's body is too long to be looked at
     │   ├── Overloaded               too many answers are waited for already
+    │   ├── LoadPending              the model that a request waits for has not been loaded in time
+    │   ├── BrokenData               what a LoRA is to be trained on cannot be read as examples
+    │   ├── NameTaken                something of that name is there, and is not overwritten
+    │   ├── NotTrainable             the model cannot be trained as it is loaded
+    │   ├── MustUnload               there is no room beside the loaded model, and nobody said that it may go
+    │   ├── TrainingDiverged         the loss became infinite or no number
     │   └── AccessRefused            the request came from a place, or from somebody, that may not ask
     │       ├── LoginRequired        … without a login or a key that is known
     │       └── TooManyAttempts      … after too many that were wrong
@@ -61,6 +69,7 @@ class LoadstoneError(Exception):
     kind: ClassVar[str] = "error"
     status: ClassVar[int] = 500
     exit_status: ClassVar[int] = 1
+    retry_after_s: int = 0  # what a program is told to wait before it tries again; 0: nothing is told
     title: ClassVar[str] = "Something went wrong"
     remedy: ClassVar[str] = ""  # the general advice, for README's troubleshooting and as default hint
 
@@ -139,6 +148,12 @@ class UnsafeCheckpoint(BrokenCheckpoint):
     remedy = "Get the model as safetensors, from a source you trust."
 
 
+class BrokenTemplate(BrokenCheckpoint):
+    kind = "broken_template"
+    title = "The model's chat template does not work"
+    remedy = "Choose another model, or mend chat_template.jinja in this one's folder and load it again."
+
+
 class NotAModel(BrokenCheckpoint):
     kind = "not_a_model"
     title = "This is not a model"
@@ -192,6 +207,12 @@ class OutOfMemory(UserError):
     status = 507
     title = "Not enough memory"
     remedy = "Load in 4-bit, choose a shorter context, or let layers go to RAM or disk."
+
+
+class NoPlace(OutOfMemory):
+    kind = "no_place"
+    title = "There is no place for another model"
+    remedy = "Unpin or unload one, or start the server with a larger --max-loaded."
 
 
 class DiskFull(UserError):
@@ -299,8 +320,52 @@ class RequestTooLarge(UserError):
 class Overloaded(UserError):
     kind = "overloaded"
     status = 503
+    retry_after_s = 5
     title = "Too many are waiting"
     remedy = "Try again in a while."
+
+
+class LoadPending(UserError):
+    kind = "load_pending"
+    status = 503
+    retry_after_s = 10
+    title = "The model is not there yet"
+    remedy = "Try again in a while: the load goes on. --load-wait sets how long a request waits."
+
+
+class BrokenData(UserError):
+    kind = "broken_data"
+    status = 422
+    title = "The training data cannot be used"
+    remedy = "Mend the line named in the message. One JSON object a line, or a JSON list; or plain text."
+
+
+class NameTaken(UserError):
+    kind = "name_taken"
+    status = 409
+    title = "The name is taken"
+    remedy = "Choose another name; nothing is overwritten."
+
+
+class NotTrainable(UserError):
+    kind = "not_trainable"
+    status = 409
+    title = "The model cannot be trained as it is loaded"
+    remedy = "Load it in another way, or load another model."
+
+
+class MustUnload(UserError):
+    kind = "must_unload"
+    status = 409
+    title = "The loaded model has to make room"
+    remedy = "Say that it may be unloaded for the time; it comes back afterwards."
+
+
+class TrainingDiverged(UserError):
+    kind = "training_diverged"
+    status = 422
+    title = "The training fell apart"
+    remedy = "Lower the learning rate, or warm up longer. The last checkpoint was kept."
 
 
 class InternalError(LoadstoneError):

@@ -13,7 +13,8 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 _GPTQ = ("gptqmodel==7.6.0", "optimum==2.3.0")  # 7.7 wants a torch and a pillow that Gradio 6.31 refuses
 
-# Feature → pip requirements. The features are the checkpoints' quant_method and attn_implementation's values.
+# Feature → pip requirements. The features are the checkpoints' quant_method, attn_implementation's values, and where
+# a LoRA's examples come from.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "gptq": _GPTQ,
     "awq": _GPTQ,
@@ -27,6 +28,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "auto-round": ("auto-round",),
     "mxfp4": ("kernels",),
     "eetq": ("kernels",),
+    "hub-datasets": ("datasets==5.2.0",),
 }
 
 

@@ -16,6 +16,13 @@ from modules.options.loader import (
 )
 from modules.options.server import COMMAND_OPTIONS, SERVER_OPTIONS, CommandOptions, ServerOptions
 from modules.options.spec import Spec, find, parse_values
+from modules.options.training import (
+    TRAINING_GROUPS,
+    TRAINING_OPTIONS,
+    TrainingOptions,
+    training_options,
+    training_reasons,
+)
 
 __all__ = [
     "COMMAND_OPTIONS",
@@ -24,12 +31,15 @@ __all__ = [
     "LOAD_OPTIONS",
     "PRECISIONS",
     "SERVER_OPTIONS",
+    "TRAINING_GROUPS",
+    "TRAINING_OPTIONS",
     "Circumstances",
     "CommandOptions",
     "GenerationOptions",
     "LoadOptions",
     "ServerOptions",
     "Spec",
+    "TrainingOptions",
     "adapter_text",
     "adapters_in_words",
     "alpha_for",
@@ -40,4 +50,6 @@ __all__ = [
     "parse_values",
     "split_adapter",
     "stretched_context",
+    "training_options",
+    "training_reasons",
 ]
