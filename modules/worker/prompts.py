@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modules.errors import OptionError, RequestTooLong, UnsupportedParameter, UserError
+from modules.errors import BrokenTemplate, OptionError, RequestTooLong, UnsupportedParameter, UserError
 from modules.options import GenerationOptions
 from modules.protocol import ChatMessages, CountOrder, GenerateOrder, Shape, Task
 from modules.worker.parts import reasoning_marks
+from modules.worker.templates import LIMIT_S, bounded
 from modules.worker.tools import tool_format
 
 _LEAST_ROOM = 16  # tokens of answer without which a prompt counts as too long
+_MOST_WRITTEN = 8  # times as much as the messages, beside a million characters, is what a chat template may write
 _ROOM_SHARE = 4  # messages are dropped until an answer has this part of the context, where it asks for so much
 
 
@@ -47,12 +49,13 @@ class Prompter:
     tokenizer: Any
     task: Task
     ctx_tokens: int
+    template_limit_s: float = LIMIT_S
 
     def prompt(self, order: GenerateOrder) -> Prompt:
         """The prompt that leaves room for an answer: the oldest messages, or a raw prompt's left end, are left out.
 
         The system message and everything from the last user message on stay. Raises RequestTooLong where they
-        do not fit, and UserError where the model's template refuses the messages.
+        do not fit, UserError where the model's template refuses the messages, and BrokenTemplate where it runs on.
         """
         if not order.messages:
             ids = list(order.prompt_ids) or self._raw(order.prompt)
@@ -175,24 +178,37 @@ class Prompter:
             text = self._render(messages, continue_last, extras)
             if all(part in text for part in system):  # some templates leave it out without a word
                 return text
+        except BrokenTemplate:
+            raise
         except Exception as error:
             if not system:
                 raise _refusal(error) from error
         try:
             return self._render(_folded(messages, "\n\n".join(system)), continue_last, extras)
+        except BrokenTemplate:
+            raise
         except Exception as error:
             raise _refusal(error) from error
 
     def _render(self, messages: ChatMessages, continue_last: bool, extras: dict[str, Any]) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=not continue_last,
-                continue_final_message=continue_last,
-                **extras,
+        def text() -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=not continue_last,
+                    continue_final_message=continue_last,
+                    **extras,
+                )
             )
-        )
+
+        written = bounded(text, self.template_limit_s)
+        most = 1_000_000 + _MOST_WRITTEN * len(repr((messages, extras)))
+        if len(written) > most:
+            raise BrokenTemplate(
+                f"The model's chat template makes {len(written):,} characters of messages for which {most:,} are many."
+            )
+        return written
 
 
 def _refuse_without_template(shape: Shape) -> None:
