@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             return _run(service, server, parsed)
         finally:
-            service.downloads.close()
-            service.supervisor.close()
+            service.close()
     except LoadstoneError as error:
         print(f"loadstone: {error}", file=sys.stderr)
         return error.exit_status
@@ -46,7 +45,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     from modules.library.loras import LoraLibrary
     from modules.service import Service
     from modules.settings import CodeApprovals, Settings
-    from modules.supervisor import Supervisor
+    from modules.supervisor import NEVER, Fleet, Supervisor
 
     given = ServerOptions(**parsed.server)
     home = Path(given.home).expanduser().resolve() if given.home else HERE
@@ -63,17 +62,22 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     def measure() -> devices.Machine:
         return devices.measure(models if models.is_dir() else home)
 
+    def supervisor(*, warm: bool = False) -> Supervisor:
+        return Supervisor(warm_worker=warm and server.warm_worker, measure=measure)
+
     service = Service(
         Library(roots, hf_cache),
         settings,
         CodeApprovals(models / ".cache" / "allowed-code.json"),
-        Supervisor(warm_worker=server.warm_worker, measure=measure),
+        Fleet(supervisor(warm=True), supervisor, most=server.max_loaded, idle_s=server.idle_timeout * 60 or NEVER),
         measure,
         cache_dir=models / ".cache",
         quantized_cache=server.quantized_cache,
         flags=parsed.load,
         generation_flags=parsed.generation,
         loras=LoraLibrary(lora_roots, hf_cache),
+        load_on_demand=server.load_on_demand,
+        load_wait_s=server.load_wait,
     )
     return service, server
 

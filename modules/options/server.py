@@ -85,6 +85,24 @@ class ServerOptions:
         "Keep what 4-bit and 8-bit loads make of a model, so that the next such load need not quantize again.",
         group="server",
     )  # fmt: skip
+    load_on_demand: bool = option(
+        "flag", False, "Load on demand",
+        "Load the model that a request of the API names, with its saved settings; the request waits meanwhile.",
+        group="server",
+    )  # fmt: skip
+    max_loaded: int = option(
+        "integer", 1, "Models at a time",
+        "How many models may be loaded at a time, where memory allows; the one used least recently makes room.",
+        group="server", low=1, high=64,
+    )  # fmt: skip
+    idle_timeout: float = option(
+        "number", 0.0, "Idle timeout", "Unload a model that nobody has used for so long, in minutes. Pinned ones stay.",
+        group="server", low=0, default_help="0: never",
+    )  # fmt: skip
+    load_wait: int = option(
+        "integer", 300, "Wait for a load", "With --load-on-demand: the seconds that a request waits for its model.",
+        group="server", low=1, high=86_400,
+    )  # fmt: skip
     verbose: bool = option("flag", False, "Verbose", "Log more.", group="server")
 
 

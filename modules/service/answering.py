@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from modules.devices import Machine
+from modules.errors import ModelNotFound, UnsupportedParameter
+from modules.library import Library
 from modules.options import GENERATION_OPTIONS, GenerationOptions
 from modules.protocol import (
     DECODE,
@@ -21,20 +25,70 @@ from modules.protocol import (
 )
 from modules.service.learned import Learned
 from modules.service.loras import Loras
+from modules.service.on_demand import OnDemand
 from modules.service.pump import Pump
 from modules.settings import Settings
-from modules.supervisor import Supervisor
+from modules.supervisor import Fleet, Supervisor, Use
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The model that a request names. ``use``: a hold on it, now or once it is loaded, to be released by whoever gets
+    it. ``entries``: the LoRAs that are named with it; None: the set that is active.
+    """
+
+    name: str
+    entries: tuple[str, ...] | None
+    use: Future[Use]
 
 
 class Answering:
     """The part of the service that talks to the loaded model."""
 
-    supervisor: Supervisor
+    fleet: Fleet
+    on_demand: OnDemand | None  # None: a request gets what is loaded, or is refused
+    library: Library
     settings: Settings
     loras: Loras
     learned: Learned
     measure: Callable[[], Machine]
     _generation_flags: Mapping[str, Any]
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """The owner of the model that the page shows."""
+        return self.fleet.front
+
+    # --- which model ---
+
+    def reach(self, model: str, keep_alive_s: float | None = None) -> Reached:
+        """A hold on the model that a request names, ``name`` or ``name+lora:weight``; "" for the front one.
+
+        Raises NothingLoaded, ModelNotFound for one that is not loaded and is not to be loaded for a request either,
+        UnsupportedParameter for ``keep_alive_s`` without --load-on-demand, and Overloaded.
+        """
+        if keep_alive_s is not None and self.on_demand is None:
+            raise UnsupportedParameter("keep_alive: only with --load-on-demand.")
+        loaded = [one.order.name for one in self.fleet.loaded()]
+        name, entries = _split(model, loaded)
+        if name in ("", *loaded):
+            pass
+        elif self.on_demand is not None:
+            name, entries = _split(model, [one.name for one in self.library.models()])
+            name = self.library.find(name, allow_paths=False).name
+        elif loaded:
+            are = "are" if loaded[1:] else "is"
+            raise ModelNotFound(
+                f"The model {model!r} is not loaded; {' and '.join(map(repr, loaded))} {are}.",
+                f"Ask for {loaded[0]!r}, or load the other one.",
+            )
+        if name and self.on_demand is not None:
+            return Reached(name, entries, self.on_demand.ask(name, keep_alive_s))
+        use: Future[Use] = Future()
+        use.set_result(self.fleet.need(name if loaded else "", keep_alive_s))
+        return Reached(name, entries, use)
+
+    # --- answers ---
 
     def generation_defaults(self) -> GenerationOptions:
         return self.generation({})
@@ -65,16 +119,18 @@ class Answering:
         order = GenerateOrder(self.generation(values), chat, prompt, continue_last, adapters)
         yield from self.stream(order, stopped or threading.Event())
 
-    def stream(self, order: GenerateOrder, stopped: threading.Event) -> Iterator[Chunk]:
-        """As :meth:`generate`, for an order that says more than the page's do."""
-        for chunk in Pump(self.supervisor, order, stopped).chunks():
-            if isinstance(chunk, Done) and chunk.prompt_tokens:
-                used = chunk.prompt_tokens + chunk.completion_tokens
-                threading.Thread(target=self._learn, args=(used,), daemon=True, name="learn").start()
-            yield chunk
+    def stream(self, order: GenerateOrder, stopped: threading.Event, use: Use | None = None) -> Iterator[Chunk]:
+        """As :meth:`generate`, for an order that says more than the page's do, by the model that ``use`` holds."""
+        with use.again() if use else self.fleet.need() as held:
+            for chunk in Pump(held.supervisor, order, stopped).chunks():
+                if isinstance(chunk, Done) and chunk.prompt_tokens:
+                    used = chunk.prompt_tokens + chunk.completion_tokens
+                    learn = threading.Thread(target=self._learn, args=(held.supervisor, used), daemon=True)
+                    learn.start()
+                yield chunk
 
-    def _learn(self, used_tokens: int) -> None:
-        loaded, memory = self.supervisor.snapshot().loaded, self.supervisor.memory()
+    def _learn(self, supervisor: Supervisor, used_tokens: int) -> None:
+        loaded, memory = supervisor.snapshot().loaded, supervisor.memory()
         if loaded is not None and memory is not None:
             self.learned.note(loaded, memory, used_tokens, self.measure())
 
@@ -86,6 +142,17 @@ class Answering:
         """The loaded model's token ids of a text. Raises NothingLoaded."""
         return [int(token) for token in self.supervisor.ask(ENCODE, EncodeOrder(text))["tokens"]]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], use: Use | None = None) -> str:
         """The text of the loaded model's token ids. Raises NothingLoaded, and OptionError for an unknown id."""
-        return str(self.supervisor.ask(DECODE, DecodeOrder(tuple(tokens)))["text"])
+        supervisor = use.supervisor if use else self.supervisor
+        return str(supervisor.ask(DECODE, DecodeOrder(tuple(tokens)))["text"])
+
+
+def _split(model: str, names: Iterable[str]) -> tuple[str, tuple[str, ...] | None]:
+    """(the model's name, its LoRAs); the longest of ``names`` counts. None: the set that is active."""
+    for name in sorted(names, key=len, reverse=True):
+        if model == name:
+            return name, None
+        if model.startswith(f"{name}+"):
+            return name, tuple(model[len(name) + 1 :].split("+"))
+    return model, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from modules.library.facts import read_facts
 from modules.options import LoadOptions, context_tokens
 from modules.service.badges import badge
 from modules.service.fit import Fit, fit_of, without
-from modules.supervisor import Snapshot
+from modules.supervisor import Loaded
 
 _SIXTEEN_BIT, _FOUR_BIT = 1.15, 0.4  # of a model's 16-bit bytes: what it takes in memory, roughly
 _FITS = {"fits": "fits", "4-bit": "fits in 4-bit", "": "too large"}
@@ -70,14 +70,14 @@ class Downloads:
 
     def __init__(
         self, library: Library, models_dir: Path, loras_dir: Path, measure: Callable[[], Machine],
-        snapshot: Callable[[], Snapshot],
+        loaded: Callable[[], Sequence[Loaded]],
     ) -> None:  # fmt: skip
         self.hub = Hub()
         self.queue = DownloadQueue(models_dir / ".cache" / "downloads.json")
         self._library = library
         self._roots = {"model": models_dir, "lora": loras_dir}
         self._measure = measure
-        self._snapshot = snapshot
+        self._loaded = loaded
 
     def start(self) -> None:
         """Go on with the downloads that were open when the server ended. Returns at once."""
@@ -178,7 +178,7 @@ class Downloads:
             shutil.rmtree(folder, ignore_errors=True)
         options, machine = LoadOptions(), self._measure()
         tokens_ = context_tokens(options, facts.context_tokens)
-        fit = fit_of(facts, options, tokens_, machine, self._snapshot().loaded)
+        fit = fit_of(facts, options, tokens_, machine, self._loaded())
         return facts, badge(facts, self._free_machine()), fit
 
     def verdict(self, offer: Offer) -> str:
@@ -266,8 +266,7 @@ class Downloads:
         return tokens.tested(self.hub)
 
     def _free_machine(self) -> Machine:
-        machine, loaded = self._measure(), self._snapshot().loaded
-        return without(machine, loaded) if loaded else machine
+        return without(self._measure(), *self._loaded())
 
 
 def recorded(folder: Path) -> placing.Record:

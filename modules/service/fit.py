@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,11 @@ _BESIDE_SHARE = 0.9  # of what is free may be planned for a second model: the fi
 
 @dataclass(frozen=True)
 class Fit:
-    """``plan`` is for the machine as it will be when the model loads. ``beside``: the old model stays meanwhile."""
+    """``plan`` is for the machine as it will be when the model loads. ``beside``: what is loaded stays meanwhile."""
 
     plan: Plan
     beside: bool = False
-    ends_first: str = ""  # the model that is unloaded first to make room
+    ends: tuple[str, ...] = ()  # the models that are unloaded first to make room, the model itself among them
     expected: tuple[Expected, ...] = ()
     last: tuple[Measurement, ...] = ()  # what the last load of this kind took, by device
 
@@ -41,15 +42,17 @@ class Fit:
             return f"Too large: {format_bytes(self.plan.missing_bytes)} more are needed on {self.plan.missing_on}."
         spare = self.plan.spare_context_tokens
         more = f" Up to {spare:,} tokens of context would fit too." if spare else ""
-        first = f" {self.ends_first} is unloaded first." if self.ends_first else ""
+        others = [name for name in self.ends if name != self.plan.model]
+        first = f" {' and '.join(others)} {'are' if others[1:] else 'is'} unloaded first." if others else ""
         return f"Fits.{first}{more}"
 
 
 def fit_of(
-    facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Loaded | None,
+    facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Sequence[Loaded],
     adapters: Adapters = (), learned: Learned | None = None,
 ) -> Fit:  # fmt: skip
-    """The plan beside ``loaded`` where that surely fits, else the plan for when ``loaded`` has ended.
+    """The plan beside all that is ``loaded`` where that surely fits, else for when as few of it as will do have ended,
+    from the front; where nothing will do, for when all have.
 
     ``learned``: what earlier loads have taught; None: nothing.
     """
@@ -64,18 +67,28 @@ def fit_of(
         expected = learned.expected(made, options, calibration)
         return Fit(made, expected=expected, last=learned.last(expected, machine), **rest)
 
-    if loaded is None:
+    if not loaded:
         return planned(machine)
     beside = planned(_with_less(machine), beside=True)
     if beside.fits:
         return beside
-    return planned(
-        without(machine, loaded), ends_first=loaded.order.name if loaded.order.name != facts.model.name else ""
-    )
+    for count in range(1, len(loaded) + 1):
+        machine = without(machine, loaded[count - 1])
+        left = count < len(loaded)
+        fit = planned(_with_less(machine) if left else machine, ends=tuple(one.order.name for one in loaded[:count]))
+        if fit.fits:
+            break
+    return fit
 
 
-def without(machine: Machine, loaded: Loaded) -> Machine:
-    """The machine as it were if ``loaded`` had ended."""
+def without(machine: Machine, *loaded: Loaded) -> Machine:
+    """The machine as it were if these had ended."""
+    for one in loaded:
+        machine = _without(machine, one)
+    return machine
+
+
+def _without(machine: Machine, loaded: Loaded) -> Machine:
     held = dict(enumerate(loaded.memory_at_load.gpu_bytes))
     gpus = tuple(
         replace(gpu, free_bytes=min(gpu.total_bytes, gpu.free_bytes + held.get(place, 0)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from modules.planner.adapters import Adapters
 from modules.planner.lora_fit import LoraFit, lora_bytes, lora_fit
 from modules.protocol import AdapterChoice, AdaptersReport, MergeOrder
 from modules.service.merging import Merger
-from modules.supervisor import Supervisor
+from modules.supervisor import Loaded, Supervisor
 
 LORA = LOAD_OPTIONS["lora"]
 DEFAULT_SHARD_SIZE = "5GB"
@@ -46,14 +46,17 @@ class LoraPlan:
 class Loras:
     """What a user can do with LoRAs. A set is named as the option ``lora`` names it: ``["pirate", "cheese:0.5"]``.
 
-    ``models_dir`` is where merged models are written. May be used from any thread.
+    ``front`` owns the model that sets are applied to; ``models_dir`` is where merged models are written. May be used
+    from any thread.
     """
 
-    def __init__(self, library: LoraLibrary, models: Library, supervisor: Supervisor, models_dir: Path) -> None:
+    def __init__(
+        self, library: LoraLibrary, models: Library, front: Callable[[], Supervisor], models_dir: Path
+    ) -> None:
         self.library = library
         self.merger = Merger()
         self._models = models
-        self._supervisor = supervisor
+        self._front = front
         self._models_dir = models_dir
 
     # --- what there is ---
@@ -111,12 +114,14 @@ class Loras:
     @property
     def active(self) -> tuple[AdapterChoice, ...]:
         """The set that is active now; empty where nothing is loaded."""
-        loaded = self._supervisor.snapshot().loaded
+        loaded = self._front().snapshot().loaded
         return loaded.order.adapters if loaded else ()
 
-    def checked(self, entries: Sequence[str]) -> tuple[AdapterChoice, ...]:
-        """The set, checked against the loaded model by headers. Raises NothingLoaded and as :meth:`planned` does."""
-        loaded = self._supervisor.snapshot().loaded
+    def checked(self, entries: Sequence[str], loaded: Loaded | None = None) -> tuple[AdapterChoice, ...]:
+        """The set, checked against ``loaded``, or the front model, by headers. Raises NothingLoaded and as
+        :meth:`planned` does.
+        """
+        loaded = loaded or self._front().snapshot().loaded
         if loaded is None:
             raise NothingLoaded("No model is loaded that LoRAs could be applied to.")
         try:
@@ -130,7 +135,7 @@ class Loras:
 
         Raises NothingLoaded, Busy, OptionError, AdapterError and its kin.
         """
-        return self._supervisor.apply_adapters(self.checked(entries))
+        return self._front().apply_adapters(self.checked(entries))
 
     # --- merging ---
 

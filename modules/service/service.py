@@ -24,13 +24,15 @@ from modules.service.downloads import Downloads
 from modules.service.fit import Fit, fit_of, refusal, without
 from modules.service.learned import Learned
 from modules.service.loras import LoraPlan, Loras
+from modules.service.on_demand import OnDemand, Prepared
 from modules.service.perplexity import Perplexities
 from modules.service.shelf import Shelf
+from modules.service.training import Training
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
-from modules.supervisor import Snapshot, Supervisor
+from modules.supervisor import Fleet, Loaded, Snapshot, Supervisor
 
-Source = Literal["page", "api", "command line"]
+Source = Literal["page", "api", "command line", "request"]  # the last one: a request that names a model
 
 
 class Service(Answering):
@@ -41,7 +43,7 @@ class Service(Answering):
         library: Library,
         settings: Settings,
         approvals: CodeApprovals,
-        supervisor: Supervisor,
+        supervisor: Supervisor | Fleet,
         measure: Callable[[], Machine],
         *,
         cache_dir: Path,
@@ -49,16 +51,26 @@ class Service(Answering):
         flags: Mapping[str, Any] | None = None,
         generation_flags: Mapping[str, Any] | None = None,
         loras: LoraLibrary | None = None,
+        load_on_demand: bool = False,
+        load_wait_s: float = 300.0,
     ) -> None:
         self.library = library
         self.settings = settings
         self.approvals = approvals
-        self.supervisor = supervisor
+        self.fleet = supervisor if isinstance(supervisor, Fleet) else Fleet(supervisor)
+        self.on_demand = OnDemand(self.fleet, self._prepare_on_demand) if load_on_demand else None
+        self.load_wait_s = load_wait_s  # for a request whose model is not there
         self.measure = measure
-        self.loras = Loras(loras or LoraLibrary([]), library, supervisor, models_dir=cache_dir.parent)
-        self.downloads = Downloads(library, cache_dir.parent, cache_dir.parent.parent / "loras", measure, self.snapshot)
-        self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.snapshot)
+        self.loras = Loras(loras or LoraLibrary([]), library, lambda: self.fleet.front, models_dir=cache_dir.parent)
+        self.downloads = Downloads(
+            library, cache_dir.parent, cache_dir.parent.parent / "loras", measure, self.fleet.loaded
+        )
+        self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.fleet.held)
         self.learned = Learned(cache_dir)
+        self.training = Training(
+            library, lambda: self.fleet.front, measure, lambda: [lora.name for lora in self.loras.all()],
+            loras_dir=cache_dir.parent.parent / "loras", cache_dir=cache_dir,
+        )  # fmt: skip
         self.perplexity = Perplexities(lambda: self.supervisor, cache_dir)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
@@ -76,8 +88,7 @@ class Service(Answering):
 
     def badges(self) -> dict[str, str]:
         """Model name → whether it would fit this machine if nothing else were loaded: ``fits in 4-bit``."""
-        machine, loaded = self.measure(), self.snapshot().loaded
-        return self._badges.all(without(machine, loaded) if loaded else machine)
+        return self._badges.all(without(self.measure(), *self.fleet.loaded()))
 
     def find(self, name: str, source: Source = "page") -> Model:
         """The model of that name; a path is taken from the command line only. Raises ModelNotFound."""
@@ -122,7 +133,7 @@ class Service(Answering):
         return View(
             name, facts, options, resolved.origin, _reasons(facts, options, machine),
             notes=(*notes, *loras.notes), problem=found, context_tokens=tokens, loras=loras,
-            fit=fit_of(facts, options, tokens, machine, self.snapshot().loaded, loras.adapters, self.learned)
+            fit=fit_of(facts, options, tokens, machine, self._endable(facts, source), loras.adapters, self.learned)
             if facts else None,
             code_allowed=bool(facts and self._code_allowed(facts, resolved.options, resolved.origin)),
         )  # fmt: skip
@@ -163,6 +174,11 @@ class Service(Answering):
         values = {n: d for n, d in inherited.items() if getattr(resolved.options, n) != d}
         notes = tuple(f"{LOAD_OPTIONS[n].flag} is left out here. {reasons[n]}" for n in values)
         return replace(resolved.options, **values), notes
+
+    def _endable(self, facts: ModelFacts, source: Source) -> tuple[Loaded, ...]:
+        """What may end to make room for a model: what is loaded of the model itself first."""
+        loaded = self.fleet.endable(by_hand=source != "request")
+        return tuple(sorted(loaded, key=lambda one: one.order.name != facts.model.name))
 
     def _planned_loras(self, facts: ModelFacts | None, options: LoadOptions, origin: str) -> LoraPlan:
         if facts is None or not options.lora:
@@ -231,8 +247,15 @@ class Service(Answering):
         """Start loading; returns at once. Raises what is known to be wrong beforehand, or Busy."""
         order, fit = self._prepare(name, form, source, anyway)
         self._forget_start_error()
-        self.supervisor.load(order, beside=fit.beside)
+        self.fleet.load(order, beside=fit.beside, ends=fit.ends)
         self.shelf.used(order.name)
+
+    def _prepare_on_demand(self, name: str) -> Prepared:
+        """For a request that names a model: with what is saved for it, and nothing that nobody has allowed."""
+        order, fit = self._prepare(name, None, "request", False)
+        self._forget_start_error()
+        self.shelf.used(order.name)
+        return Prepared(order, fit.beside, fit.ends)
 
     def start_model(self) -> str:
         """The name of the model named at the start. One named by its path is known by this name from now on.
@@ -253,9 +276,10 @@ class Service(Answering):
     def _forget_start_error(self) -> None:
         self.start_error, self.start_error_for = None, ""
 
-    def unload(self) -> None:
+    def unload(self, name: str = "") -> None:
+        """End the model of that name, or the one that the page shows. Raises ModelNotFound where it is not loaded."""
         self._forget_start_error()
-        self.supervisor.unload()
+        self.fleet.unload(name)
 
     def reload(self) -> None:
         self.supervisor.reload()
@@ -263,6 +287,12 @@ class Service(Answering):
 
     def cancel(self) -> None:
         self.supervisor.cancel()
+
+    def close(self) -> None:
+        """End what runs: a training, downloads and every model's process."""
+        self.training.close()
+        self.downloads.close()
+        self.fleet.close()
 
     # --- quantized copies ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from modules.hub import Job, keeping, placing
 from modules.hub.keeping import Duplicate, Marks, Verified
 from modules.library import Library, Model
 from modules.library.scan import HUB_CACHE
+from modules.protocol import LoadOrder
 from modules.service.downloads import Downloads, recorded
-from modules.supervisor import Snapshot, State
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Shelf:
     """See the module. May be used from any thread."""
 
     def __init__(
-        self, library: Library, models_dir: Path, downloads: Downloads, snapshot: Callable[[], Snapshot]
+        self, library: Library, models_dir: Path, downloads: Downloads, held: Callable[[], Sequence[LoadOrder]]
     ) -> None:
         self._library = library
         self._downloads = downloads
-        self._snapshot = snapshot
+        self._held = held  # what processes read, or are about to
         self.marks = Marks(models_dir / ".cache" / "library.json")
 
     def kept(self) -> list[Kept]:
@@ -98,10 +98,7 @@ class Shelf:
         return size
 
     def _refuse_in_use(self, model: Model) -> None:
-        snapshot = self._snapshot()
-        orders = [snapshot.order, snapshot.loaded.order if snapshot.loaded else None]
-        paths = {Path(order.path) for order in orders if order is not None and _holds(snapshot, order.name)}
-        if model.path in paths:
+        if model.path in {Path(order.path) for order in self._held()}:
             raise ModelInUse(f"{model.name} is loaded.", "Unload it first.")
         if _folder(model) in self._downloads.open_targets():
             raise ModelInUse(f"{model.name} is being downloaded.", "Cancel the download first.")
@@ -109,13 +106,6 @@ class Shelf:
     def duplicates(self, told: Callable[[str], None] = lambda _: None) -> list[Duplicate]:
         """Weight files that take their space more than once. Reads files of equal size whose hash is not recorded."""
         return keeping.duplicates({model.name: model.path for model in self._library.models()}, told)
-
-
-def _holds(snapshot: Snapshot, name: str) -> bool:
-    """Whether a process reads that model's files, or is about to."""
-    if snapshot.loaded and snapshot.loaded.order.name == name:
-        return True
-    return snapshot.state in (State.STARTING, State.LOADING)
 
 
 def _folder(model: Model) -> Path:

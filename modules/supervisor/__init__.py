@@ -1,8 +1,24 @@
-"""Starts, watches, cancels and ends workers; the one owner of "what is loaded". Imports no ML package."""
+"""Starts, watches, cancels and ends workers; the one owner of "what is loaded". Imports no ML package.
+
+A supervisor owns one model; a fleet owns several supervisors.
+"""
 
 from modules.supervisor.answer import Answer
 from modules.supervisor.exits import decode_exit
+from modules.supervisor.fleet import Fleet, Use
+from modules.supervisor.slot import NEVER, Place
 from modules.supervisor.state import Loaded, Snapshot, State
 from modules.supervisor.supervisor import Supervisor
 
-__all__ = ["Answer", "Loaded", "Snapshot", "State", "Supervisor", "decode_exit"]
+__all__ = [
+    "NEVER",
+    "Answer",
+    "Fleet",
+    "Loaded",
+    "Place",
+    "Snapshot",
+    "State",
+    "Supervisor",
+    "Use",
+    "decode_exit",
+]

@@ -147,7 +147,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
 
     def when_up() -> None:
         announcing.announce(url, network, door.made)
-        _in_background("warm-worker-start", service.supervisor.start)
+        _in_background("warm-worker-start", service.fleet.start)
         service.downloads.start()
         if server.auto_launch:
             _in_background("browser", webbrowser.open, url)
@@ -166,7 +166,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
         ssl_certfile=door.certificate or None,
         ssl_keyfile=door.certificate_key or None,
     )
-    _Server(config, when_up, when_ending=service.supervisor.close).run(sockets=[listener])
+    _Server(config, when_up, when_ending=service.fleet.close).run(sockets=[listener])
 
 
 def _in_background(name: str, function: Callable[..., object], *arguments: object) -> None:

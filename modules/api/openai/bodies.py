@@ -119,7 +119,8 @@ class ResponseFormat(Body):
 
 
 class Sampling(Body):
-    """What chat and completions share. ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's.
+    """What chat and completions share. ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's;
+    ``keep_alive`` is Ollama's: how long the model stays loaded after this request.
 
     ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` name somebody or something and change no
     answer: they are taken and not kept.
@@ -145,6 +146,7 @@ class Sampling(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
+    keep_alive: float | str | None = None
 
 
 class ChatBody(Sampling):

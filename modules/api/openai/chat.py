@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import ChatBody
 from modules.api.openai.orders import chat_orders
+from modules.api.openai.reaching import reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, token_bytes, usage
 from modules.api.openai.streaming import stream
@@ -26,20 +27,16 @@ def router(service: Service, lane: Lane) -> APIRouter:
 
     @routes.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        orders = await run_in_threadpool(chat_orders, service, body)
-        running = Running(service, lane, orders, request)
-        name = body.model or _loaded(service)
+        async with reached(service, body.model, body.keep_alive, request) as target:
+            orders = await run_in_threadpool(chat_orders, service, body, target)
+            running = Running(service, lane, orders, request, target.use)
+        name = body.model or target.use.name
         if body.stream:
             return await stream(_events(running, body, name, len(orders)))
         answers = await collect(running, len(orders))
         return JSONResponse(_whole(answers, body, name))
 
     return routes
-
-
-def _loaded(service: Service) -> str:
-    loaded = service.snapshot().loaded
-    return loaded.order.name if loaded else ""
 
 
 def _whole(answers: Sequence[Collected], body: ChatBody, name: str) -> dict[str, Any]:
@@ -52,7 +49,8 @@ def _whole(answers: Sequence[Collected], body: ChatBody, name: str) -> dict[str,
 
 def _choice(index: int, answer: Collected, body: ChatBody) -> dict[str, Any]:
     calls = _calls(answer.end, body)
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if calls else ""), "refusal": None}
+    content = answer.text or (None if calls else "")
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if answer.reasoning:
         message["reasoning_content"] = answer.reasoning
     if calls:

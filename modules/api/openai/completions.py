@@ -12,12 +12,14 @@ from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import MOST_PROMPTS, CompletionBody
 from modules.api.openai.orders import completion_orders, prompts
+from modules.api.openai.reaching import reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, usage
 from modules.api.openai.streaming import stream
 from modules.errors import OptionError
 from modules.protocol import Done, GenerateOrder, Piece
 from modules.service import Service
+from modules.supervisor import Use
 
 
 def router(service: Service, lane: Lane) -> APIRouter:
@@ -28,11 +30,11 @@ def router(service: Service, lane: Lane) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         if len(prompts(body)) > MOST_PROMPTS:
             raise OptionError(f"prompt: at most {MOST_PROMPTS} at a time.")
-        orders = await run_in_threadpool(completion_orders, service, body)
-        fronts = await run_in_threadpool(_fronts, service, body, orders)
-        loaded = service.snapshot().loaded
-        name = body.model or (loaded.order.name if loaded else "")
-        running = Running(service, lane, orders, request)
+        async with reached(service, body.model, body.keep_alive, request) as target:
+            orders = await run_in_threadpool(completion_orders, service, body, target)
+            fronts = await run_in_threadpool(_fronts, service, body, orders, target.use)
+            running = Running(service, lane, orders, request, target.use)
+        name = body.model or target.use.name
         if body.stream:
             return await stream(_events(running, body, name, fronts))
         answers = await collect(running, len(orders))
@@ -41,11 +43,11 @@ def router(service: Service, lane: Lane) -> APIRouter:
     return routes
 
 
-def _fronts(service: Service, body: CompletionBody, orders: Sequence[GenerateOrder]) -> list[str]:
+def _fronts(service: Service, body: CompletionBody, orders: Sequence[GenerateOrder], use: Use) -> list[str]:
     """What stands before each answer: its prompt where ``echo`` asks for it."""
     if not body.echo:
         return ["" for _ in orders]
-    return [service.decode(order.prompt_ids) if order.prompt_ids else order.prompt for order in orders]
+    return [service.decode(order.prompt_ids, use) if order.prompt_ids else order.prompt for order in orders]
 
 
 def _whole(answers: Sequence[Collected], body: CompletionBody, name: str, fronts: Sequence[str]) -> dict[str, Any]:

@@ -29,15 +29,14 @@ def router(service: Service) -> APIRouter:
 
 
 def _models(service: Service) -> list[dict[str, Any]]:
-    """The loaded one first: programs without a choice of their own take the first."""
-    loaded = service.snapshot().loaded
-    active = loaded.order.name if loaded else None
+    """The loaded ones first: programs without a choice of their own take the first."""
+    loaded = [one.order.name for one in service.fleet.loaded()]
     listed = [
         {"id": model.name, "object": "model", "created": _made(model.path), "owned_by": "loadstone",
-         "loaded": model.name == active}
+         "loaded": model.name in loaded}
         for model in service.models()
     ]  # fmt: skip
-    return sorted(listed, key=lambda one: not one["loaded"])
+    return sorted(listed, key=lambda one: loaded.index(one["id"]) if one["loaded"] else len(loaded))
 
 
 def _made(path: Any) -> int:

@@ -7,25 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from modules.api.openai.bodies import ChatBody, CompletionBody, Message, Sampling, ToolChoice
-from modules.errors import ModelNotFound, NothingLoaded, OptionError, UnsupportedParameter
+from modules.api.openai.reaching import Target
+from modules.errors import OptionError, UnsupportedParameter
 from modules.options import GENERATION_OPTIONS
-from modules.protocol import AdapterChoice, GenerateOrder, Shape
+from modules.protocol import GenerateOrder, Shape
 from modules.service import Service
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _MOST_SEED = int(GENERATION_OPTIONS["seed"].high or 0)
 
 
-def chat_orders(service: Service, body: ChatBody) -> list[GenerateOrder]:
+def chat_orders(service: Service, body: ChatBody, target: Target) -> list[GenerateOrder]:
     """One order a choice. Raises UserError for what the body asks for and cannot have."""
-    adapters = adapters_of(service, body.model)
-    wanted = body.max_completion_tokens or body.max_tokens
+    wanted = body.max_completion_tokens or body.max_tokens  # else as many as the context holds: it ends by itself
     if body.top_logprobs is not None and not body.logprobs:
         raise OptionError("top_logprobs: needs logprobs: true.")
     order = GenerateOrder(
-        service.generation(_values(body, wanted or _room(service))),
+        service.generation(_values(body, wanted or target.loaded.order.ctx_tokens)),
         messages=tuple(_message(message) for message in body.messages),
-        adapters=adapters,
+        adapters=target.adapters,
         whole=True,
         shape=replace(
             _shape(body),
@@ -39,16 +39,15 @@ def chat_orders(service: Service, body: ChatBody) -> list[GenerateOrder]:
     return _choices(order, body)
 
 
-def completion_orders(service: Service, body: CompletionBody) -> list[GenerateOrder]:
+def completion_orders(service: Service, body: CompletionBody, target: Target) -> list[GenerateOrder]:
     """One order a choice, all choices of a prompt together. Raises UserError as :func:`chat_orders` does."""
-    adapters = adapters_of(service, body.model)
     if body.best_of not in (None, body.n or 1):
         raise UnsupportedParameter("best_of: only the value of n is supported.")
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter("logprobs: a prompt's own are not told; leave out echo or logprobs.")
     order = GenerateOrder(
         service.generation(_values(body, body.max_tokens or _DEFAULT_COMPLETION_TOKENS)),
-        adapters=adapters,
+        adapters=target.adapters,
         whole=True,
         shape=replace(_shape(body), logprobs=body.logprobs),
     )
@@ -65,28 +64,6 @@ def prompts(body: CompletionBody) -> list[str | list[int]]:
     if isinstance(prompt[0], int):
         return [[token for token in prompt if isinstance(token, int)]]
     return [one for one in prompt if not isinstance(one, int)]
-
-
-def adapters_of(service: Service, model: str | None) -> tuple[AdapterChoice, ...] | None:
-    """The LoRAs that ``name+lora:weight`` asks for; None for the active set, where ``model`` names the loaded model.
-
-    Raises NothingLoaded, and ModelNotFound for a model that is not the one that is loaded.
-    """
-    loaded = service.snapshot().loaded
-    if loaded is None:
-        raise NothingLoaded("No model is loaded.")
-    name = loaded.order.name
-    if model in (None, "", name):
-        return None
-    if model is not None and model.startswith(f"{name}+"):
-        return service.loras.checked(model[len(name) + 1 :].split("+"))
-    raise ModelNotFound(f"The model {model!r} is not loaded; {name!r} is.", f"Ask for {name!r}, or load the other one.")
-
-
-def _room(service: Service) -> int:
-    """As many tokens as the context holds: OpenAI's chat answers end by themselves."""
-    loaded = service.snapshot().loaded
-    return loaded.order.ctx_tokens if loaded else 1
 
 
 def _values(body: Sampling, max_new_tokens: int) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from modules.api.openai.reaching import disconnected
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service
+from modules.supervisor import Use
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,9 @@ class Running:
     Raises Overloaded where too many are waited for already, and OptionError for more than ever may be.
     """
 
-    def __init__(self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request) -> None:
+    def __init__(
+        self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request, use: Use
+    ) -> None:
         lane.enter(len(orders))
         self._lane = lane
         self._loop = asyncio.get_running_loop()
@@ -59,11 +63,14 @@ class Running:
         self._request = request
         self._left = len(orders)
         for index, order in enumerate(orders):
-            threading.Thread(target=self._run, args=(service, index, order), name="api-answer", daemon=True).start()
+            held = use.again()  # until this answer is there, however long the response takes
+            threading.Thread(
+                target=self._run, args=(service, index, order, held), name="api-answer", daemon=True
+            ).start()
 
-    def _run(self, service: Service, index: int, order: GenerateOrder) -> None:
+    def _run(self, service: Service, index: int, order: GenerateOrder, use: Use) -> None:
         try:
-            for chunk in service.stream(order, self._stops[index]):
+            for chunk in service.stream(order, self._stops[index], use):
                 self._tell(index, chunk)
                 if isinstance(chunk, Done):
                     return
@@ -74,6 +81,7 @@ class Running:
             log.exception("an answer failed")
             self._tell(index, InternalError(f"{type(error).__name__}: {error}"))
         finally:
+            use.release()
             self._lane.leave()
 
     def _tell(self, index: int, chunk: Chunk | LoadstoneError) -> None:
@@ -85,7 +93,7 @@ class Running:
 
         Leaving the loop over it early stops what is still under way.
         """
-        gone = asyncio.create_task(self._gone())
+        gone = asyncio.create_task(disconnected(self._request))
         try:
             while self._left:
                 got = asyncio.create_task(self._queue.get())
@@ -106,10 +114,6 @@ class Running:
             for stop in self._stops:
                 stop.set()
             gone.cancel()
-
-    async def _gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
 
 
 @dataclass

@@ -1,0 +1,140 @@
+"""Several models at once: which is shown, which ends to make room, which idles too long; none that is in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from modules.errors import Busy, ModelNotFound, NothingLoaded
+from modules.supervisor import NEVER, State
+from tests.fleets import Ships, fleets
+from tests.supervised import order, prompt, text_of, until
+
+
+@pytest.fixture
+def two() -> Iterator[Ships]:
+    """A fleet that holds two models at most."""
+    with fleets(most=2) as ships:
+        yield ships
+
+
+def test_one_alone_is_replaced_as_ever() -> None:
+    with fleets() as ships:
+        ships.load("first")
+        ships.load("second")
+        assert ships.names() == ["second"]
+        until(lambda: len(ships.pids()) == 1, "the end of the first")
+
+
+def test_two_answer_at_once_and_the_last_one_loaded_is_shown(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    assert two.names() == ["second", "first"]
+    for name in ("first", "second"):
+        use = two.fleet.use(name)
+        assert use is not None
+        with use:
+            assert text_of(use.supervisor.generate(prompt("2"))) == "1 2 "
+    two.fleet.to_front("first")
+    assert two.names() == ["first", "second"]
+    with pytest.raises(ModelNotFound):
+        two.fleet.to_front("third")
+
+
+def test_the_one_used_least_recently_makes_room(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    two.fleet.need("first").release()
+    assert [loaded.order.name for loaded in two.fleet.endable(by_hand=True)] == ["second", "first"]
+    two.load("third")
+    two.until_names("first", "third")
+
+
+def test_the_plan_says_who_ends_first(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    two.load("third", beside=False, ends=("first", "second"))
+    assert two.names() == ["third"]
+    until(lambda: len(two.pids()) == 1, "the end of both")
+
+
+def test_the_same_model_again_keeps_its_place(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    two.load("first", beside=False, ends=("first",))
+    assert two.names() == ["first", "second"]
+
+
+def test_a_failed_load_brings_back_what_made_room(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    two.load("fail third", beside=False, ends=("first",))
+    assert sorted(two.names()) == ["first", "second"]
+    assert two.fleet.front.snapshot().state is State.FAILED
+
+
+def test_a_second_load_is_refused_while_one_is_under_way(two: Ships) -> None:
+    two.load("first")
+    two.fleet.load(order("slow second"), beside=True)
+    with pytest.raises(Busy):
+        two.fleet.load(order("third"), beside=True)
+    two.fleet.front.cancel()
+
+
+def test_unloading_the_shown_one_shows_the_other(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    two.fleet.unload()
+    assert two.names() == ["first"]
+    two.fleet.unload("first")
+    assert two.names() == []
+    with pytest.raises(NothingLoaded):
+        two.fleet.need()
+    with pytest.raises(ModelNotFound):
+        two.fleet.unload("first")
+    two.load("third")
+    assert two.names() == ["third"]
+
+
+def test_a_pin_keeps_it_and_ends_with_the_model(two: Ships) -> None:
+    two.load("first")
+    two.load("second")
+    two.fleet.pin("first", True)
+    assert [loaded.order.name for loaded in two.fleet.endable(by_hand=False)] == ["second"]
+    assert [place.name for place in two.fleet.places() if place.pinned] == ["first"]
+    two.load("third", beside=False, ends=("first",))  # a person's, who may
+    assert not any(place.pinned for place in two.fleet.places())
+
+
+def test_what_idles_ends_and_what_is_pinned_or_in_use_does_not() -> None:
+    with fleets(most=3, idle_s=0.3) as ships:
+        ships.fleet.start()
+        for name in ("idle", "pinned", "used"):
+            ships.load(name)
+            if name == "pinned":
+                ships.fleet.pin(name, True)
+        held = ships.fleet.use("used")
+        assert held is not None
+        ships.until_names("pinned", "used")
+        answer = held.supervisor.generate(prompt("200"))  # a second
+        assert text_of(answer).endswith(" 200 ")
+        assert sorted(ships.names()) == ["pinned", "used"]
+        held.release()
+        held.release()
+        ships.until_names("pinned")
+        ships.fleet.pin("pinned", False)
+        ships.until_names()
+
+
+def test_a_request_says_how_long_its_model_stays() -> None:
+    with fleets(most=2, idle_s=0.3) as ships:
+        ships.load("forever")
+        ships.load("never")
+        ships.fleet.need("forever", NEVER).release()
+        ships.fleet.need("never", 0.0).release()
+        ships.until_names("forever")
+        (place,) = ships.fleet.places()
+        assert (place.name, place.ends_in_s) == ("forever", None)
+        ships.fleet.need("forever", 0.0).release()
+        ships.until_names()
