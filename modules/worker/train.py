@@ -1,0 +1,83 @@
+"""``python -m modules.worker.train``: a LoRA, trained as a :class:`TrainOrder` says.
+
+Reads the order from stdin, then :class:`TrainCommand` lines; the end of stdin ends the process, and so does SIGTERM.
+Writes what :mod:`modules.training.messages` lists, and Failed with exit status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from modules.errors import Busy, DiskFull, LoadstoneError, UserError
+from modules.protocol import Failed, Progress, decode
+from modules.training import runs
+from modules.training.messages import TrainCommand, TrainOrder
+from modules.worker import process
+from modules.worker.training.control import Control
+
+_LOCK_S = 15.0  # for a process to end whose server was killed
+
+
+def _typed(error: Exception, order: TrainOrder) -> LoadstoneError:
+    if isinstance(error, LoadstoneError):
+        return error
+    from modules.worker.failures import translate
+
+    typed = translate(error, order.load)
+    if "PytorchStreamWriter failed" in str(error):  # torch.save says no more where the disk is full
+        return DiskFull(f"A checkpoint cannot be written in {order.folder}.", details=typed.details)
+    return typed
+
+
+def obey(stdin: int, control: Control) -> None:
+    """Take commands from ``stdin`` on a thread of its own; its end ends this process and its children."""
+
+    def watch() -> None:
+        while line := process.read_line(stdin):
+            command = decode(line)
+            if isinstance(command, TrainCommand):
+                control.asked = command.action
+        process.end_group()
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
+
+
+def main() -> int:
+    """The exit status: 0 when the LoRA or the checkpoint is there, 1 after Failed, 2 where stdin is no order."""
+    stdin = process.claim_stdin()
+    emit = process.claim_stdout()
+    process.take_signals()
+    process.set_environment()
+    process.offer_to_oom_killer()
+    try:
+        order = decode(process.read_line(stdin))
+        if not isinstance(order, TrainOrder):
+            raise UserError("This is no TrainOrder.")
+    except (ValueError, TypeError, KeyError, UserError) as error:
+        print(f"A training is started by the web process, which says what to learn: {error}", file=sys.stderr)
+        return 2
+    emit(Progress("starting"))
+    control = Control()
+    obey(stdin, control)
+    try:
+        Path(order.folder).mkdir(parents=True, exist_ok=True)
+        with FileLock(os.path.join(order.folder, runs.LOCK), timeout=_LOCK_S):
+            from modules.worker.training.run import train
+
+            emit(train(order, control, emit))
+    except Timeout:
+        emit(Failed(Busy(f"Another process is training {order.name}.", "Wait until it has ended.")))
+        return 1
+    except Exception as error:
+        emit(Failed(_typed(error, order)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training a LoRA: examples as tokens, the model with its new layers, the loop, what is written."""
