@@ -28,6 +28,9 @@ POLL_S = 0.25
 # On the page alone, and once what was chosen stands there: a click on Load, where it was wished and is not loaded yet.
 _AUTOLOAD = """(wished) => { if (wished && !document.querySelector("#summary [data-loaded]"))
   setTimeout(() => document.getElementById("load").click(), 50) }"""
+# The menu tells of a choice twice, and on being left without one: only another model than the one shown is a choice.
+_CHOSEN = """(model, chosen) =>
+  model === document.querySelector("#summary [data-model]")?.dataset.model ? chosen : model"""
 # What changes the form or what is saved, and may pop up a message, goes one after another in the order of the clicks.
 _IN_ORDER: dict[str, Any] = {"concurrency_id": "form", "concurrency_limit": 1, **QUIET}
 
@@ -156,7 +159,10 @@ def wire(tab: ModelTab, service: Service) -> None:
         return guarded(outputs, partial(action, tab, service))
 
     changed, load = partial(_changed, tab, service), partial(_load, tab, service)
-    selected = tab.model.input(partial(show_selected, tab, service), tab.model, selected_outputs(tab), **DIRECT)
+    tab.model.input(None, [tab.model, tab.chosen], tab.chosen, js=_CHOSEN, **QUIET)
+    selected = tab.chosen.change(
+        partial(show_selected, tab, service), tab.model, selected_outputs(tab), trigger_mode="always_last", **DIRECT
+    )
     selected.then(None, tab.autoload, None, js=_AUTOLOAD)
     gr.on(
         [tab.model.input, tab.autoload.input],

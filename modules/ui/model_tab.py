@@ -23,6 +23,7 @@ class ModelTab:
     """The widgets that other parts of the page need."""
 
     model: gr.Dropdown
+    chosen: gr.Textbox  # the model as it was last chosen by hand; hidden. The menu tells of a choice twice, and of none
     autoload: gr.Checkbox
     remembered: gr.BrowserState
     form: Form
@@ -98,9 +99,11 @@ def build(service: Service) -> ModelTab:
             )
             anyway = gr.Button("Load anyway", size="sm", variant="stop", visible="hidden", elem_id="anyway")
             downloads = download_card.build()
+    with gr.Row(elem_classes="unseen"):
+        chosen = gr.Textbox("", label="Model chosen")
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
-        model, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
+        model, chosen, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
         fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}), downloads, loras,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Request, expect
 
 from modules.settings import CodeApprovals
 from tests import checkpoints
@@ -159,6 +159,19 @@ def test_refresh_offers_a_new_folder_and_keeps_the_form(server: Server, open_pag
     expect(menu).to_have_value(re.compile(rf"^{NAME} · "))
     expect(field(page, "ctx_size")).to_have_value("4096")
     (server.home / "models" / "newcomer").unlink()
+
+
+def test_the_menu_left_without_a_choice_changes_nothing(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    select_model(page)
+    fill(page, "ctx_size", "4096")
+    asked: list[Request] = []
+    page.on("request", lambda request: asked.append(request) if "/gradio_api/run/" in request.url else None)
+    page.locator("#model input").click()
+    field(page, "ctx_size").click()  # the menu tells of its being left
+    while not asked or any(request.response() is None for request in asked):
+        page.wait_for_timeout(20)
+    expect(field(page, "ctx_size")).to_have_value("4096")
 
 
 def test_autoload_loads_what_is_selected_and_is_remembered(server: Server, open_page: Callable[..., Page]) -> None:
