@@ -7,7 +7,8 @@ writes events, one line of JSON each, to its stdout. Commands go by HTTP to 127.
 
 ======================  ==========================  ==================================================
 ``POST /load``          :class:`LoadOrder`          202 at once; then Progress …, Ready or Failed events
-``POST /generate``      :class:`GenerateOrder`      lines of JSON: Piece …, then one Done or Failed;
+``POST /generate``      :class:`GenerateOrder`      lines of JSON: Waiting …, Piece …, then one Done or
+                                                    Failed;
                                                     closing the connection stops the generation
 ``POST /adapters``      :class:`AdaptersOrder`      :class:`AdaptersReport`, when they are active
 ``POST /count``         :class:`CountOrder`         ``{"tokens": n}``
@@ -136,6 +137,7 @@ class GenerateOrder:
     prompt_ids: tuple[int, ...] = ()  # token ids instead of a prompt's text
     whole: bool = False  # refuse a prompt that does not fit, instead of leaving out its front
     shape: Shape = Shape()
+    user: str = ""  # whose answer it is: where many wait, users take turns
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """The answer has not begun. ``place``: in the line, 1 for the next one; told again when it changes."""
+
+    place: int
+
+
+@dataclass(frozen=True)
 class Done:
     finish_reason: FinishReason
     prompt_tokens: int
@@ -294,7 +303,7 @@ class Done:
 
 
 Event: TypeAlias = Listening | Warm | Progress | Ready | Failed
-Chunk: TypeAlias = Piece | Done | Failed
+Chunk: TypeAlias = Waiting | Piece | Done | Failed
 
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
@@ -315,6 +324,7 @@ _CLASSES: dict[str, type[Any]] = {
         Progress,
         Ready,
         Failed,
+        Waiting,
         Piece,
         Done,
     )

@@ -158,6 +158,16 @@ class LoadOptions:
         default_help=f"the model's limit, at most {DEFAULT_CONTEXT_TOKENS:,}",
         effect="prompts are cut to it; memory for it is planned",
     )  # fmt: skip
+    max_batch: int = option(
+        "integer", 16, "Answers at once", "How many answers may be in the making at once; further ones wait in line.",
+        group="context", low=1, high=256, step=1, effect="how many answers decode together",
+    )  # fmt: skip
+    batch_tokens: int = option(
+        "integer", 0, "Tokens at once",
+        "How many tokens the answers in the making may hold together, their prompts included.",
+        group="context", unit="tokens", low=0, step=256, default_help="as many as the context has",
+        effect="answers that would hold more wait in line; memory for it is planned",
+    )  # fmt: skip
     alpha_value: float = option(
         "number", 1.0, "alpha_value",
         "Stretch the context by NTK scaling: 1.75 for 1.5 times the model's limit, 2.5 for twice. 1 is off.",

@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from modules.protocol import GENERATE, Chunk, Done, Failed, GenerateOrder, Piece, decode
+from modules.protocol import GENERATE, Chunk, Done, Failed, GenerateOrder, Piece, Waiting, decode
 from modules.supervisor import client
 from modules.supervisor.child import Child
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Answer(Iterator[Chunk]):
-    """Piece …, then one Done or Failed. Read it on one thread; :meth:`close` it from any.
+    """Waiting …, Piece …, then one Done or Failed. Read it on one thread; :meth:`close` it from any.
 
     Closing stops the generation, also while another thread waits for the first token, whose loop then ends.
     An answer that is dropped is closed. Raises what the worker refused with, and WorkerCrashed, WorkerKilled
@@ -82,7 +82,7 @@ class Answer(Iterator[Chunk]):
         if not line:
             raise ConnectionResetError("the answer has no end")
         chunk = decode(line)
-        if not isinstance(chunk, Piece | Done | Failed):
+        if not isinstance(chunk, Waiting | Piece | Done | Failed):
             raise json.JSONDecodeError("no part of an answer", line.decode("utf-8", "replace"), 0)
         return chunk
 
@@ -91,7 +91,7 @@ class Answer(Iterator[Chunk]):
             self._last = (time.monotonic(), chunk.tokens)
             self._first = self._first or self._last
             self._on_change(self)
-        else:
+        elif not isinstance(chunk, Waiting):
             self.done = chunk if isinstance(chunk, Done) else None
             self._finish()
 

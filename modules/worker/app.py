@@ -42,24 +42,25 @@ from modules.protocol import (
     GenerateOrder,
     LoadOrder,
     Memory,
-    Piece,
     Progress,
     Ready,
     Warm,
     decode,
     encode,
 )
+from modules.worker.batching import Line, Ticket
 from modules.worker.engine import Engine
-from modules.worker.generation import Loaded, generate, prompter
+from modules.worker.generation import Loaded, prompter
 from modules.worker.perplexity import measure
 from modules.worker.process import memory_given_back, memory_of_this_process
+from modules.worker.streaming import Answer
 from modules.worker.telling import Tell, telling
 
 if TYPE_CHECKING:
     from modules.worker.adapters import Adapters
+    from modules.worker.batching.scheduler import Scheduler
 
 T = TypeVar("T")
-FLUSH_SECONDS = 0.03  # text waits at most so long for more: a line for every token would cost a fast model speed
 
 
 class Worker:
@@ -67,6 +68,7 @@ class Worker:
 
     def __init__(self, engine: Engine, emit: Callable[[Event], None]) -> None:
         self.engine = engine
+        self.line = Line()
         self._emit = emit
         self._loaded: Loaded | None = None
         self._adapters: Adapters | None = None
@@ -107,10 +109,19 @@ class Worker:
                 self._emit(Progress("applying LoRAs"))
                 self._adapters = _adapters(loaded)
                 applied = self._adapters.apply(order.adapters)
+            self.engine.take_turns(self._scheduler(loaded))
             self._loaded = loaded
             self._emit(Ready(loaded.report, self.memory(), applied))
         except Exception as error:
             self._emit(Failed(_translated(error, order)))
+
+    def _scheduler(self, loaded: Loaded) -> Scheduler:
+        from modules.worker.batching.scheduler import Scheduler  # torch and transformers
+
+        def active() -> tuple[AdapterChoice, ...]:
+            return self._adapters.active if self._adapters is not None else ()
+
+        return Scheduler(loaded, self.line, partial(self._using, loaded), active)
 
     def _emit_progress(self, progress: Progress) -> None:
         self._emit(progress)
@@ -121,18 +132,13 @@ class Worker:
             raise NothingLoaded("This process holds no model yet.")
         return self._loaded
 
-    def generate(self, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event) -> Future[None]:
-        """Queue an answer behind those that were asked for earlier."""
-        return self.engine.submit(self._generate, self.loaded(), order, emit, stopped)
-
-    def _generate(
-        self, loaded: Loaded, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event
-    ) -> None:
-        try:
-            with self._using(loaded, order.adapters):
-                generate(loaded, order, emit, stopped)
-        except Exception as error:  # of the set: an answer's own errors are chunks already
-            emit(Failed(_as_loadstone(error, "The LoRAs could not be used")))
+    def generate(self, order: GenerateOrder, emit: Callable[[Chunk], None], stopped: threading.Event) -> Ticket:
+        """Ask for an answer; it waits for its turn until it leaves the line. Raises NothingLoaded."""
+        self.loaded()
+        ticket = Ticket(self.engine.number(), order, emit, stopped)
+        self.line.add(ticket)
+        self.engine.wake()
+        return ticket
 
     def _using(self, loaded: Loaded, choices: tuple[AdapterChoice, ...] | None) -> AbstractContextManager[None]:
         if self._adapters is None and not choices:
@@ -202,84 +208,6 @@ def _translated(error: Exception, order: LoadOrder) -> LoadstoneError:
     except Exception:
         return _as_loadstone(error, f"{order.name} could not be loaded")
     return translate(error, order)
-
-
-class Outbox:
-    """Chunks on their way from the engine's thread to the event loop: pieces that meet on the way become one."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._filled = asyncio.Event()
-        self._lock = threading.Lock()
-        self._chunks: list[Chunk] = []
-
-    def put(self, chunk: Chunk) -> None:
-        """Called on the engine's thread."""
-        with self._lock:
-            self._chunks.append(chunk)
-            if len(self._chunks) > 1 and isinstance(chunk, Piece):
-                return  # the loop knows already
-        self._loop.call_soon_threadsafe(self._filled.set)
-
-    async def take(self) -> list[Chunk]:
-        """What has come since the last time, at least one chunk."""
-        chunks: list[Chunk] = []
-        while not chunks:
-            await self._filled.wait()
-            self._filled.clear()
-            with self._lock:
-                chunks, self._chunks = self._chunks, []
-        return _merged(chunks)
-
-
-def _merged(chunks: list[Chunk]) -> list[Chunk]:
-    pieces = [chunk for chunk in chunks if isinstance(chunk, Piece)]
-    ends = [chunk for chunk in chunks if not isinstance(chunk, Piece)]
-    if not pieces:
-        return [*ends]
-    text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
-    logprobs = tuple(told for piece in pieces for told in piece.logprobs)
-    return [Piece(text, pieces[-1].tokens, reasoning, logprobs), *ends]
-
-
-class Answer:
-    """A response that streams one answer as lines of JSON; closing the connection stops the generation."""
-
-    def __init__(self, worker: Worker, order: GenerateOrder) -> None:
-        self._worker = worker
-        self._order = order
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stopped = threading.Event()
-        outbox = Outbox()
-        job = self._worker.generate(self._order, outbox.put, stopped)
-        tasks = {asyncio.create_task(self._stream(outbox, send)), asyncio.create_task(_disconnect(receive))}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.set()
-            job.cancel()  # leaves the queue, if it still stands there
-            for task in tasks:
-                task.cancel()
-        for task in done:
-            task.result()
-
-    async def _stream(self, outbox: Outbox, send: Send) -> None:
-        headers = [(b"content-type", b"application/x-ndjson")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        ended = False
-        while not ended:
-            chunks = await outbox.take()
-            ended = not isinstance(chunks[-1], Piece)
-            body = b"".join(map(encode, chunks))
-            await send({"type": "http.response.body", "body": body, "more_body": not ended})
-            if not ended:
-                await asyncio.sleep(FLUSH_SECONDS)
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class Secret:

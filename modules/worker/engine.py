@@ -1,40 +1,101 @@
-"""The thread on which a model is loaded and used: one job after another, in the order in which they came."""
+"""The thread on which a model is loaded and used: jobs in the order in which they came, and answers between them."""
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_NEVER = 2**63
+
+
+class Turns(Protocol):
+    """Work that goes on in small turns, several answers together."""
+
+    def turn(self, before: Callable[[], int]) -> bool:
+        """Do a little for what was numbered below ``before()``; False where nothing of that is left to do."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    number: int
+    future: Future[Any]
+    work: Callable[[], Any]
 
 
 class Engine:
-    """Jobs for one thread, since a model takes one generation at a time, and each thread that computes would
-    bring its own pool of computing threads. A job whose future is cancelled before its turn leaves the queue.
+    """Jobs for one thread, since each thread that computes would bring its own pool of computing threads.
+
+    A job has the thread to itself: it begins when what was numbered before it is done, and what was numbered after
+    it begins when it is done. A job whose future is cancelled before its turn leaves the queue.
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._numbers = 0
+        self._news = False
+        self._turns: Turns | None = None
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue ``function``; the future has its result, or what it raised."""
         future: Future[T] = Future()
-        self._jobs.put((future, lambda: function(*args, **kwargs)))
+        with self._changed:
+            self._jobs.append(_Job(self.number(), future, lambda: function(*args, **kwargs)))
+            self.wake()
         return future
 
+    def number(self) -> int:
+        """The next number in the order of all that is asked of this thread."""
+        with self._changed:
+            self._numbers += 1
+            return self._numbers
+
+    def take_turns(self, turns: Turns) -> None:
+        """From now on ``turns`` are taken wherever no earlier job stands. Called on the engine's thread."""
+        self._turns = turns
+
+    def wake(self) -> None:
+        """Look again for something to do: there is more for a turn."""
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
+
     def run(self) -> NoReturn:
-        """Work off the jobs, for ever, on the calling thread."""
+        """Work off turns and jobs, for ever, on the calling thread."""
         while True:
-            _work(*self._jobs.get())  # in a function, so that nothing holds on to a job that is done
+            self._once()  # in a function, so that nothing holds on to a job that is done
+
+    def _once(self) -> None:
+        with self._changed:
+            self._news = False
+        if self._turns is not None and self._turns.turn(self._first_job):
+            return
+        with self._changed:
+            while not self._jobs and not self._news:
+                self._changed.wait()
+            job = self._jobs.popleft() if self._jobs and not self._news else None
+        if job is not None:
+            _work(job)
+
+    def _first_job(self) -> int:
+        """The number of the first job that still stands in the queue."""
+        with self._changed:
+            while self._jobs and self._jobs[0].future.cancelled():
+                self._jobs.popleft()
+            return self._jobs[0].number if self._jobs else _NEVER
 
 
-def _work(future: Future[Any], job: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
+def _work(job: _Job) -> None:
+    if not job.future.set_running_or_notify_cancel():
         return
     try:
-        future.set_result(job())
+        job.future.set_result(job.work())
     except BaseException as error:
-        future.set_exception(error)
+        job.future.set_exception(error)

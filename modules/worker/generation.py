@@ -135,6 +135,10 @@ class Answer:
             **own,
         }
 
+    def begin(self) -> None:
+        """Its turn has come: the time to the first token counts from here."""
+        self._begin = self._first = self._last = time.perf_counter()
+
     def take(self, token: int) -> bool:
         """Note the token that was chosen next; whether the answer is over with it."""
         self._last = time.perf_counter()

@@ -1,0 +1,107 @@
+"""How a layer attends where every answer has one new token, and its earlier keys and values lie in slabs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from modules.worker.batching.slabs import Slab
+
+NAME = "loadstone_slabs"
+_ALIGNED = 16  # masks whose rows begin at such multiples are read faster on GPUs
+_steps: list[Together] = []  # the one under way; the attention functions of transformers are given no place for it
+
+
+class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped here
+    """What the model takes for its cache during one step of the rows of ``slabs``, in their order."""
+
+    def __init__(self, slabs: list[Slab]) -> None:
+        super().__init__()
+        self._slabs = slabs
+        self._layer = 0
+        self._masks: dict[tuple[Any, Any], list[torch.Tensor | None]] = {}
+        self._lengths = [[row.read for row in slab.rows] for slab in slabs]  # before the step
+        self._places: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Hands the new token's keys and values on to :meth:`attend`, which comes next."""
+        self._layer = layer_idx
+        return key_states, value_states
+
+    def attend(self, module: Any, query: Any, key: Any, value: Any, **rest: Any) -> Any:
+        """Rows × 1 × heads × head size, for rows × heads × 1 × head size; keeps ``key`` and ``value``."""
+        parts, begin = [], 0
+        masks, places = self._masks_for(query), self._places_for(key.device)
+        for index, slab in enumerate(self._slabs):
+            end = begin + len(slab.rows)
+            keys, values, (rows, tokens) = slab.keys[self._layer], slab.values[self._layer], places[index]
+            keys[rows, :, tokens] = key[begin:end, :, 0]
+            values[rows, :, tokens] = value[begin:end, :, 0]
+            reach = self._reach(index)
+            part, _ = sdpa_attention_forward(
+                module, query[begin:end], keys[: len(rows), :, :reach], values[: len(rows), :, :reach],
+                masks[index], **rest,
+            )  # fmt: skip
+            parts.append(part)
+            begin = end
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _reach(self, index: int) -> int:
+        """How far into a slab the longest row goes."""
+        longest = max(self._lengths[index]) + 1
+        if min(self._lengths[index]) + 1 == longest:
+            return longest
+        return min(-(-longest // _ALIGNED) * _ALIGNED, self._slabs[index].capacity)
+
+    def _masks_for(self, query: torch.Tensor) -> list[torch.Tensor | None]:
+        """By slab: what keeps each row from looking beyond its own end, rows × 1 × 1 × reach; one for all layers."""
+        key = (query.device, query.dtype)
+        if key not in self._masks:
+            self._masks[key] = [self._mask(index, query) for index in range(len(self._slabs))]
+        return self._masks[key]
+
+    def _mask(self, index: int, query: torch.Tensor) -> torch.Tensor | None:
+        lengths, reach = self._lengths[index], self._reach(index)
+        if min(lengths) + 1 == reach:
+            return None
+        last = torch.tensor(lengths, device=query.device)[:, None]
+        beyond = torch.arange(reach, device=query.device)[None, :] > last
+        return query.new_zeros(len(lengths), reach).masked_fill_(beyond, -torch.inf)[:, None, None, :]
+
+    def _places_for(self, device: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """By slab: (row, token) of each new key and value."""
+        if device not in self._places:
+            self._places[device] = [
+                (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+                for lengths in self._lengths
+            ]
+        return self._places[device]
+
+
+def _attend(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **rest: Any
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer."""
+    return _steps[-1].attend(module, query, key, value, **rest), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+@contextmanager
+def over(config: Any, slabs: list[Slab]) -> Iterator[Together]:
+    """Let the model of ``config`` attend to these slabs. transformers makes no mask for attention it does not know."""
+    usual = config._attn_implementation
+    step = Together(slabs)
+    _steps.append(step)
+    config._attn_implementation = NAME
+    try:
+        yield step
+    finally:
+        config._attn_implementation = usual
+        _steps.pop()

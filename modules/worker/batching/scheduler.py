@@ -1,0 +1,272 @@
+"""Whose turn it is: who joins, whose prompt is read, who gets a token, and who steps back when memory is short."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeAlias
+
+import torch
+
+from modules.protocol import AdapterChoice, Done, Failed
+from modules.worker.batching.line import Line, Ticket
+from modules.worker.batching.row import Chooser, Row, Set
+from modules.worker.batching.slabs import Slabs
+from modules.worker.batching.steps import Steps
+from modules.worker.batching.suitable import agrees, obstacle
+from modules.worker.generation import Answer, Loaded, generate, release, typed
+
+log = logging.getLogger(__name__)
+
+Using: TypeAlias = Callable[[tuple[AdapterChoice, ...] | None], AbstractContextManager[None]]
+READ_TOKENS = 512  # of prompts between two steps, so that those who decode do not wait long
+ALONE_READ_TOKENS = 2048  # at once where nobody else decodes; a stop is obeyed in between
+STEPS = 32  # in one turn
+SHARED_STEPS = 8  # where another set of LoRAs waits for its turn: switching takes some milliseconds
+_SPARE_TOKENS = 32  # that must be left for a newcomer's answer
+
+
+class Scheduler:
+    """Answers everybody in ``line``, in turns, on the engine's thread. ``using`` lets a set of LoRAs act.
+
+    Sets of LoRAs take turns. Answers are taken in as long as there is room for what they hold now, and the youngest
+    steps back, to be read again later, where all together have grown too long. An answer that is alone has the
+    whole context.
+    """
+
+    def __init__(self, loaded: Loaded, line: Line, using: Using, active: Callable[[], Set]) -> None:
+        self._loaded = loaded
+        self._line = line
+        self._using = using
+        self._active = active
+        self._rows: list[Row] = []  # under way, in the order in which they began
+        self._paused: list[Row] = []  # stepped back
+        self._prepared: tuple[Ticket, Row] | None = None
+        self._last_set: Set | None = None
+        order = loaded.order
+        self.obstacle = obstacle(loaded.model, order)
+        if self.obstacle:
+            log.info("%s answers one request after another: %s", order.name, self.obstacle)
+        self._most = 1 if self.obstacle else order.options.max_batch
+        self._tried = False
+        self._steps = Steps(loaded.model)
+        self._slabs = Slabs(max(order.ctx_tokens, order.options.batch_tokens), order.ctx_tokens)
+
+    def turn(self, before: Callable[[], int]) -> bool:
+        """Do a little for those numbered below ``before()``; False where none of them is left."""
+        self._dismiss()
+        if self.obstacle:
+            return self._one_by_one(before())
+        adapters = self._whose_turn(before())
+        if adapters is None:
+            return False
+        self._last_set = adapters
+        try:
+            with self._using(adapters):
+                self._run(adapters, before)
+        except Exception as error:  # of the set: what fails within is told to whom it concerns
+            self._fail([row for row in self._under_way() if row.adapters == adapters], error)
+            self._refuse_prepared(adapters, error)
+        return True
+
+    # --- one after another ---
+
+    def _one_by_one(self, before: int) -> bool:
+        ticket = self._line.first(before)
+        if ticket is None:
+            return False
+        self._line.take(ticket)
+        try:
+            with self._line.held(), self._using(ticket.order.adapters):
+                generate(self._loaded, ticket.order, ticket.emit, ticket.stopped)
+        except Exception as error:
+            ticket.emit(Failed(typed(error, self._loaded.order)))
+        return True
+
+    # --- whose turn ---
+
+    def _whose_turn(self, before: int) -> Set | None:
+        """The set of LoRAs after the last one, of those that have something to do."""
+        sets = list(dict.fromkeys(row.adapters for row in self._rows))
+        newcomer = self._newcomer(before)
+        if newcomer is not None and newcomer.adapters not in sets:
+            sets.append(newcomer.adapters)
+        if not sets:
+            return None
+        after = sets.index(self._last_set) + 1 if self._last_set in sets else 0
+        return sets[after % len(sets)]
+
+    def _run(self, adapters: Set, before: Callable[[], int]) -> None:
+        """Some steps with one set of LoRAs; returns where another's turn has come, or nothing is left to do."""
+        others = any(row.adapters != adapters for row in self._rows)
+        for _ in range(SHARED_STEPS if others else STEPS):
+            self._dismiss()
+            self._join(adapters, before())
+            self._line.tell()
+            self._read(adapters)
+            if not self._step(adapters) and not any(row.adapters == adapters for row in self._rows):
+                return
+            newcomer = self._newcomer(before())
+            if newcomer is not None and newcomer.adapters != adapters:
+                return
+
+    # --- coming and going ---
+
+    def _newcomer(self, before: int) -> Row | None:
+        """Who may join now: those who stepped back first, then the line."""
+        row = self._paused[0] if self._paused else self._prepare(before)
+        if row is None or not self._rows:
+            return row
+        if len(self._rows) >= self._most or not self._may_join():
+            return None
+        wanted = self._slabs.need(len(row.ids) + _SPARE_TOKENS)
+        return row if self._demand() + wanted <= self._slabs.tokens else None
+
+    def _prepare(self, before: int) -> Row | None:
+        """The first of the line with its prompt; those whose prompt is refused are told, and leave."""
+        while (ticket := self._line.first(before)) is not None:
+            if self._prepared is None or self._prepared[0] is not ticket:
+                try:
+                    self._prepared = ticket, self._row(ticket)
+                except Exception as error:
+                    self._line.leave(ticket)
+                    ticket.emit(Failed(typed(error, self._loaded.order)))
+                    continue
+            return self._prepared[1]
+        self._prepared = None
+        return None
+
+    def _row(self, ticket: Ticket) -> Row:
+        answer = Answer(self._loaded, ticket.order, ticket.emit, ticket.stopped)
+        chooser = Chooser(self._loaded.model, answer, self._steps.device)
+        chosen = ticket.order.adapters
+        adapters = self._active() if chosen is None else chosen
+        return Row([*answer.prompt_ids], adapters, ticket=ticket, answer=answer, chooser=chooser)
+
+    def _join(self, adapters: Set, before: int) -> None:
+        while (row := self._newcomer(before)) is not None and row.adapters == adapters:
+            if row in self._paused:
+                self._paused.remove(row)
+            else:
+                self._line.take(row.ticket)
+                self._prepared = None
+                row.answer.begin()
+            self._rows.append(row)
+
+    def _may_join(self) -> bool:
+        """Whether the model computes the same for many as for one, which is tried where first there are two."""
+        if not self._tried:
+            self._tried = True
+            if not agrees(self._loaded.model, self._steps):
+                self._most = 1
+        return self._most > 1
+
+    def _dismiss(self) -> None:
+        """Let those go who no longer want an answer."""
+        for ticket in self._line.gone():
+            ticket.emit(Done("cancelled", 0, 0, 0.0, 0.0))
+        for row in self._under_way():
+            if row.answer.stopped.is_set():
+                self._remove(row)
+                row.answer.end()
+
+    def _under_way(self) -> list[Row]:
+        return [*self._rows, *self._paused]
+
+    def _remove(self, row: Row) -> None:
+        rows = self._rows if row in self._rows else self._paused
+        rows.remove(row)
+        self._slabs.remove(row)
+        row.forget()
+
+    def _fail(self, rows: list[Row], error: Exception) -> None:
+        told = typed(error, self._loaded.order)
+        for row in rows:
+            self._remove(row)
+            row.answer.fail(told)
+
+    def _refuse_prepared(self, adapters: Set, error: Exception) -> None:
+        """The newcomer for whom the set was to act."""
+        if self._prepared is not None and self._prepared[1].adapters == adapters:
+            ticket, _ = self._prepared
+            self._prepared = None
+            self._line.leave(ticket)
+            ticket.emit(Failed(typed(error, self._loaded.order)))
+
+    # --- memory ---
+
+    def _demand(self) -> int:
+        """The slots that all under way take together."""
+        return sum(self._slabs.need(len(row.ids)) for row in self._rows)
+
+    def _make_room(self, adapters: Set) -> None:
+        """Where answers have outgrown the room for all, the youngest step back; where slabs are full, rows move."""
+        while len(self._rows) > 1 and self._demand() > self._slabs.tokens:
+            youngest = self._rows.pop()
+            self._slabs.remove(youngest)
+            youngest.forget()
+            self._paused.insert(0, youngest)
+        if len(self._rows) == 1 and self._rows[0].slab is not None:
+            self._steps.set_apart(self._rows[0], self._slabs)
+        for slab in self._slabs.with_adapters(adapters):
+            for row in [row for row in slab.rows if row.read >= slab.capacity]:
+                self._slabs.grow(row)
+        decoding = [row for row in self._rows if not row.reading]
+        if len(decoding) > 1:
+            for row in decoding:
+                if row.slab is None:
+                    self._slabs.add(row)
+
+    # --- the model's work ---
+
+    def _read(self, adapters: Set) -> None:
+        """Go on with prompts. One that fails fails alone."""
+        left = READ_TOKENS if any(not row.reading for row in self._rows) else ALONE_READ_TOKENS
+        for row in [row for row in self._rows if row.reading and row.adapters == adapters]:
+            tokens, left = min(left, len(row.ids) - row.read), left - len(row.ids) + row.read
+            try:
+                scores = self._steps.read(row, tokens)
+            except Exception as error:
+                self._fail([row], error)
+                del error
+                release()
+            else:
+                if scores is not None:
+                    self._choose([row], scores)
+            if left <= 0:
+                return
+
+    def _step(self, adapters: Set) -> bool:
+        """One token for everybody with these LoRAs who decodes; whether there was anybody."""
+        self._make_room(adapters)
+        rows = [row for row in self._rows if row.adapters == adapters and not row.reading]
+        if not rows:
+            return False
+        try:
+            if rows[0].slab is None:
+                scores = self._steps.alone(rows[0])
+            else:
+                slabs = self._slabs.with_adapters(adapters)
+                in_order, scores = self._steps.together(slabs)
+                rows = [row for row in in_order if isinstance(row, Row)]
+        except Exception as error:
+            self._fail(rows, error)
+        else:
+            self._choose(rows, scores)
+            return True
+        release()  # only here is the traceback gone, which held the step's tensors
+        return True
+
+    def _choose(self, rows: list[Row], scores: torch.Tensor) -> None:
+        """Give each row its next token. ``scores``: rows × vocabulary."""
+        likeliest = scores.argmax(dim=-1).tolist() if any(row.chooser.plain for row in rows) else [0] * len(rows)
+        for index, row in enumerate(rows):
+            try:
+                token = likeliest[index] if row.chooser.plain else row.chooser(scores[index : index + 1])
+                row.ids.append(token)
+                if row.answer.take(token):
+                    self._remove(row)
+                    row.answer.end()
+            except Exception as error:
+                self._fail([row], error)
