@@ -28,4 +28,5 @@ $bin/ruff check .
 $bin/mypy
 PYTHONPATH=. $bin/lint-imports --no-cache >/dev/null || PYTHONPATH=. $bin/lint-imports
 $bin/python -m tests.readme --check
-exec $bin/python -m pytest --durations=40 "$@"
+# Two files at a time: most of a test's time is spent waiting for a server, a worker or a browser to start.
+exec $bin/python -m pytest -n 2 --dist loadfile --durations=40 "$@"
