@@ -169,13 +169,14 @@ def state_updates(service: Service, model: str | None, refused: LoadstoneError |
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(visible=True if snapshot.state in (State.STARTING, State.LOADING) else "hidden"),
-        gr.update(visible=True if error and error.fix else "hidden", value=_fix_label(error)),
+        gr.update(visible=True if error and error.fix else "hidden", value=fix_label(error)),
         gr.update(visible=True if isinstance(error, CustomCodeRefused) else "hidden"),
         *lora_card.state_updates(service, model),
     ]
 
 
-def _fix_label(error: LoadstoneError | None) -> str:
+def fix_label(error: LoadstoneError | None) -> str:
+    """What a button says that loads with the options that mend ``error``."""
     if not error or not error.fix:
         return ""
     words = [
