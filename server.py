@@ -43,7 +43,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     from modules import commands, devices
     from modules.library import Library, default_hf_cache
     from modules.library.loras import LoraLibrary
-    from modules.service import Service
+    from modules.service import Service, Traffic
     from modules.settings import CodeApprovals, Settings
     from modules.supervisor import NEVER, Fleet, Supervisor
 
@@ -62,8 +62,10 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     def measure() -> devices.Machine:
         return devices.measure(models if models.is_dir() else home)
 
+    traffic = Traffic()
+
     def supervisor(*, warm: bool = False) -> Supervisor:
-        return Supervisor(warm_worker=warm and server.warm_worker, measure=measure)
+        return Supervisor(warm_worker=warm and server.warm_worker, measure=measure, on_load=traffic.load_ended)
 
     service = Service(
         Library(roots, hf_cache),
@@ -78,6 +80,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
         loras=LoraLibrary(lora_roots, hf_cache),
         load_on_demand=server.load_on_demand,
         load_wait_s=server.load_wait,
+        traffic=traffic,
     )
     return service, server
 

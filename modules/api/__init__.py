@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from modules.api import answers, downloads, internal, loras, openai, tokens
+from modules.api import answers, downloads, fleet, internal, loras, metrics, openai, seeing, status, tokens
 from modules.service import Service
 
 
 def install(app: FastAPI, service: Service, *, for_guests: bool = False) -> None:
     """Add the routes and the error answers to ``app``."""
+    app.add_middleware(seeing.NoteRoute)
     app.include_router(internal.router(service, with_details=not for_guests))
-    for group in (tokens, downloads, loras, openai):
+    for group in (status, metrics, fleet, tokens, downloads, loras, openai):
         app.include_router(group.router(service))
     answers.install(app, with_details=not for_guests)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from modules.api.openai import problems as openai
+from modules.api.seeing import seen_of
 from modules.errors import InternalError, LoadstoneError, OptionError
 
 
@@ -19,10 +20,14 @@ def install(app: FastAPI, *, with_details: bool = True) -> None:
     async def answer_error(request: Request, error: Exception) -> JSONResponse:
         """What nobody foresaw is logged by the server, traceback and all."""
         known = typed(error, request)
+        seen_of(request.scope).kind = known.kind
+        headers = {"retry-after": str(known.retry_after_s)} if known.retry_after_s else None
         if openai.serves(request.url.path.removeprefix(request.scope.get("root_path", ""))):
             status, body = openai.error_body(known)
-            return JSONResponse(body, status_code=status)
-        return JSONResponse({"error": error_body(known, with_details=with_details)}, status_code=known.status)
+            return JSONResponse(body, status_code=status, headers=headers)
+        return JSONResponse(
+            {"error": error_body(known, with_details=with_details)}, status_code=known.status, headers=headers
+        )
 
     for raised in (LoadstoneError, RequestValidationError, Exception):
         app.add_exception_handler(raised, answer_error)

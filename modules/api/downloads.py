@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
 
 from modules.hub import JobState
 from modules.service import Service
 from modules.service.downloads import Offer
+
+_LOOK_S = 0.1  # between looks whether a download has ended
 
 
 class DownloadBody(BaseModel):
@@ -39,12 +43,13 @@ def router(service: Service) -> APIRouter:
         return described(downloads.look(repo, file))
 
     @routes.post("/v1/internal/download")
-    def start(body: DownloadBody) -> dict[str, Any]:
-        job = downloads.download(body.repo, body.file)
-        if body.wait:
-            job = downloads.queue.wait_for(job.key)
-            if job.state is JobState.FAILED and job.error:
-                raise job.error
+    async def start(body: DownloadBody) -> dict[str, Any]:
+        job = await run_in_threadpool(downloads.download, body.repo, body.file)
+        while body.wait and job.state in (JobState.WAITING, JobState.RUNNING) and not service.fleet.closed:
+            await asyncio.sleep(_LOOK_S)  # no thread waits: there are not many, and pages need them
+            job = downloads.queue.job(job.key)
+        if body.wait and job.state is JobState.FAILED and job.error:
+            raise job.error
         return job.described()
 
     @routes.post("/v1/internal/download/{key}/{action}")

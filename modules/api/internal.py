@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
-from zlib import crc32
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
 
 from modules.api.answers import error_body
 from modules.errors import Cancelled
 from modules.options import LOAD_OPTIONS
 from modules.service import Service, entries_of
-from modules.supervisor import Loaded, Snapshot, State
+from modules.supervisor import LOAD_STATES, Loaded, Snapshot, State
+
+_LOOK_S = 0.05  # between looks whether a load has ended
 
 
 class LoadBody(BaseModel):
@@ -25,6 +28,14 @@ class LoadBody(BaseModel):
     args: dict[str, Any] = {}
     wait: bool = True
     anyway: bool = False
+
+
+class UnloadBody(BaseModel):
+    """``model_name``: which of several; "" for the one that the page shows."""
+
+    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
+
+    model_name: str = ""
 
 
 class PlanBody(BaseModel):
@@ -40,11 +51,6 @@ def router(service: Service, *, with_details: bool = True) -> APIRouter:
     """The routes. ``with_details``: a failed load's traceback and log are told too."""
     routes = APIRouter()
 
-    @routes.get("/v1/internal/model/status")
-    async def status() -> dict[str, Any]:
-        state = brief(service.snapshot(), service.loras.merger.state().version)
-        return {**state, "downloads": service.downloads.queue.shown()}
-
     @routes.get("/v1/internal/model/list")
     def models() -> dict[str, list[str]]:
         return {"model_names": [model.name for model in service.models()]}
@@ -53,28 +59,25 @@ def router(service: Service, *, with_details: bool = True) -> APIRouter:
     def info() -> dict[str, Any]:
         return describe(service.snapshot(), with_details=with_details)
 
-    @routes.get("/healthz")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
-
     _add_loading(routes, service)
     return routes
 
 
 def _add_loading(routes: APIRouter, service: Service) -> None:
     @routes.post("/v1/internal/model/load")
-    def load(body: LoadBody) -> dict[str, Any]:
-        service.load(body.model_name, body.args, source="api", anyway=body.anyway)
+    async def load(body: LoadBody) -> dict[str, Any]:
+        owner = await run_in_threadpool(service.load, body.model_name, body.args, source="api", anyway=body.anyway)
         if not body.wait:
-            return describe(service.snapshot())
-        snapshot = service.supervisor.wait_loaded()
+            return describe(owner.snapshot())
+        while (snapshot := owner.snapshot()).state in LOAD_STATES and not service.fleet.closed:
+            await asyncio.sleep(_LOOK_S)  # no thread waits: there are not many, and pages need them
         if snapshot.state is not State.READY:  # unloaded meanwhile, or the server ends: there is no error then
             raise snapshot.error or Cancelled(f"{body.model_name} was not loaded: the load was ended.")
         return describe(snapshot)
 
     @routes.post("/v1/internal/model/unload")
-    def unload() -> dict[str, Any]:
-        service.unload()
+    def unload(body: UnloadBody | None = None) -> dict[str, Any]:
+        service.unload(body.model_name if body else "")
         return describe(service.snapshot())
 
     @routes.post("/v1/internal/model/plan")
@@ -86,30 +89,6 @@ def _add_loading(routes: APIRouter, service: Service) -> None:
             raise AssertionError("a view of a model without a problem has a plan")
         planned = view.fit.plan
         return {**planned.to_dict(), "fits": view.fit.fits, "notes": [*view.notes, *planned.notes]}
-
-
-def brief(snapshot: Snapshot, merge_version: int = 0) -> dict[str, Any]:
-    """What the page asks for twice a second. ``shown`` changes with all that it shows but the speed of answers."""
-    since = snapshot.loaded.since if snapshot.loaded else 0
-    name = snapshot.order.name if snapshot.order else ""
-    adapters = snapshot.loaded.order.adapters if snapshot.loaded else ()
-    shown = (
-        snapshot.state,
-        since,
-        name,
-        snapshot.progress,
-        snapshot.notes,
-        str(snapshot.error),
-        adapters,
-        merge_version,
-    )
-    return {
-        "state": snapshot.state.value,
-        "shown": crc32(repr(shown).encode()),
-        "warm": snapshot.warm,
-        "generating": snapshot.generating,
-        "tokens_per_second": round(snapshot.tokens_per_second, 1),
-    }
 
 
 def describe(snapshot: Snapshot, *, with_details: bool = True) -> dict[str, Any]:

@@ -4,6 +4,18 @@ from modules.service.fit import Fit
 from modules.service.loras import LoraOffer, LoraPlan, entries_of, merged_name
 from modules.service.merging import MergeState
 from modules.service.service import Service, Source
+from modules.service.traffic import Traffic
 from modules.service.view import View
 
-__all__ = ["Fit", "LoraOffer", "LoraPlan", "MergeState", "Service", "Source", "View", "entries_of", "merged_name"]
+__all__ = [
+    "Fit",
+    "LoraOffer",
+    "LoraPlan",
+    "MergeState",
+    "Service",
+    "Source",
+    "Traffic",
+    "View",
+    "entries_of",
+    "merged_name",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from modules.devices import Machine
-from modules.errors import ModelNotFound, UnsupportedParameter
+from modules.errors import LoadstoneError, ModelNotFound, UnsupportedParameter
 from modules.library import Library
 from modules.options import GENERATION_OPTIONS, GenerationOptions
 from modules.protocol import (
@@ -22,11 +23,13 @@ from modules.protocol import (
     Done,
     EncodeOrder,
     GenerateOrder,
+    Piece,
 )
 from modules.service.learned import Learned
 from modules.service.loras import Loras
 from modules.service.on_demand import OnDemand
 from modules.service.pump import Pump
+from modules.service.traffic import Traffic
 from modules.settings import Settings
 from modules.supervisor import Fleet, Supervisor, Use
 
@@ -50,6 +53,7 @@ class Answering:
     library: Library
     settings: Settings
     loras: Loras
+    traffic: Traffic
     learned: Learned
     measure: Callable[[], Machine]
     _generation_flags: Mapping[str, Any]
@@ -121,18 +125,35 @@ class Answering:
 
     def stream(self, order: GenerateOrder, stopped: threading.Event, use: Use | None = None) -> Iterator[Chunk]:
         """As :meth:`generate`, for an order that says more than the page's do, by the model that ``use`` holds."""
+        begin, first_token_s = time.monotonic(), None
         with use.again() if use else self.fleet.need() as held:
-            for chunk in Pump(held.supervisor, order, stopped).chunks():
-                if isinstance(chunk, Done) and chunk.prompt_tokens:
-                    used = chunk.prompt_tokens + chunk.completion_tokens
-                    learn = threading.Thread(target=self._learn, args=(held.supervisor, used), daemon=True)
-                    learn.start()
-                yield chunk
+            try:
+                for chunk in Pump(held.supervisor, order, stopped).chunks():
+                    if first_token_s is None and isinstance(chunk, Piece):
+                        first_token_s = time.monotonic() - begin
+                    if isinstance(chunk, Done):
+                        self.traffic.answered(held.name, chunk, first_token_s)
+                        self._learn_from(held.supervisor, chunk)
+                    yield chunk
+            except LoadstoneError as error:
+                if use is None:  # else it is the request that failed
+                    self.traffic.failed("page", error)
+                raise
+
+    def _learn_from(self, supervisor: Supervisor, done: Done) -> None:
+        if done.prompt_tokens:
+            used = done.prompt_tokens + done.completion_tokens
+            threading.Thread(target=self._learn, args=(supervisor, used), daemon=True, name="learn").start()
 
     def _learn(self, supervisor: Supervisor, used_tokens: int) -> None:
         loaded, memory = supervisor.snapshot().loaded, supervisor.memory()
         if loaded is not None and memory is not None:
             self.learned.note(loaded, memory, used_tokens, self.measure())
+
+    def figures(self) -> bytes:
+        """What goes on, in Prometheus's text format. Asks each model's process for its memory."""
+        waiting = self.on_demand.waiting if self.on_demand else 0
+        return self.traffic.exposition(self.fleet.places(), self.fleet.memory(), waiting)
 
     def count(self, order: CountOrder) -> int:
         """How many tokens a prompt has for the loaded model. Raises NothingLoaded."""

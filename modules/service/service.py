@@ -27,6 +27,7 @@ from modules.service.loras import LoraPlan, Loras
 from modules.service.on_demand import OnDemand, Prepared
 from modules.service.perplexity import Perplexities
 from modules.service.shelf import Shelf
+from modules.service.traffic import Traffic
 from modules.service.training import Training
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, resolve
@@ -53,12 +54,14 @@ class Service(Answering):
         loras: LoraLibrary | None = None,
         load_on_demand: bool = False,
         load_wait_s: float = 300.0,
+        traffic: Traffic | None = None,
     ) -> None:
         self.library = library
         self.settings = settings
         self.approvals = approvals
         self.fleet = supervisor if isinstance(supervisor, Fleet) else Fleet(supervisor)
         self.on_demand = OnDemand(self.fleet, self._prepare_on_demand) if load_on_demand else None
+        self.traffic = traffic or Traffic()
         self.load_wait_s = load_wait_s  # for a request whose model is not there
         self.measure = measure
         self.loras = Loras(loras or LoraLibrary([]), library, lambda: self.fleet.front, models_dir=cache_dir.parent)
@@ -243,12 +246,15 @@ class Service(Answering):
 
     def load(
         self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page", *, anyway: bool = False
-    ) -> None:
-        """Start loading; returns at once. Raises what is known to be wrong beforehand, or Busy."""
+    ) -> Supervisor:
+        """Start loading; returns at once, with whom to ask how it goes. Raises what is known to be wrong beforehand,
+        or Busy.
+        """
         order, fit = self._prepare(name, form, source, anyway)
         self._forget_start_error()
-        self.fleet.load(order, beside=fit.beside, ends=fit.ends)
+        owner = self.fleet.load(order, beside=fit.beside, ends=fit.ends)
         self.shelf.used(order.name)
+        return owner
 
     def _prepare_on_demand(self, name: str) -> Prepared:
         """For a request that names a model: with what is saved for it, and nothing that nobody has allowed."""

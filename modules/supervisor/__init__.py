@@ -7,10 +7,11 @@ from modules.supervisor.answer import Answer
 from modules.supervisor.exits import decode_exit
 from modules.supervisor.fleet import Fleet, Use
 from modules.supervisor.slot import NEVER, Place
-from modules.supervisor.state import Loaded, Snapshot, State
+from modules.supervisor.state import LOAD_STATES, Loaded, Snapshot, State
 from modules.supervisor.supervisor import Supervisor
 
 __all__ = [
+    "LOAD_STATES",
     "NEVER",
     "Answer",
     "Fleet",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from modules.errors import Busy, Cancelled, LoadstoneError, ModelNotFound, NothingLoaded, WorkerTimeout
-from modules.protocol import LoadOrder
+from modules.protocol import LoadOrder, Memory
 from modules.supervisor.slot import NEVER, Place, Slot
 from modules.supervisor.state import LOAD_STATES, Loaded, Snapshot, State
 from modules.supervisor.supervisor import Supervisor
@@ -100,6 +100,12 @@ class Fleet:
         loaded = [one.loaded.order for one in snapshots if one.loaded]
         return (*loaded, *(one.order for one in snapshots if one.order and one.state in LOAD_STATES))
 
+    def memory(self) -> list[tuple[str, Memory]]:
+        """What the process of each loaded model holds; without those that are too busy to say."""
+        with self.changed:
+            asked = [(slot.name, slot.supervisor) for slot in self._slots if slot.name]
+        return [(name, memory) for name, owner in asked if (memory := owner.memory()) is not None]
+
     def endable(self, *, by_hand: bool) -> tuple[Loaded, ...]:
         """What may end to make room, in the order in which it should: used least recently first.
 
@@ -153,8 +159,8 @@ class Fleet:
 
     # --- what a person does ---
 
-    def load(self, order: LoadOrder, *, beside: bool = False, ends: Sequence[str] = ()) -> None:
-        """Begin to load as a person asked, and show it; returns when those in its way are gone.
+    def load(self, order: LoadOrder, *, beside: bool = False, ends: Sequence[str] = ()) -> Supervisor:
+        """Begin to load as a person asked, and show it; returns its owner when those in its way are gone.
 
         ``ends``: the models that have to end first. Raises Busy while a load is under way.
         """
@@ -168,6 +174,7 @@ class Fleet:
             slot.supervisor.load(order, beside=beside)
             with self.changed:
                 self._front = slot
+            return slot.supervisor
         finally:
             self.open_again((slot, *others))
 

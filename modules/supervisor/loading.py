@@ -53,6 +53,12 @@ class Load:
 
     def _attempt(self, order: LoadOrder, on_success: Callable[[], None]) -> LoadstoneError | None:
         """Load ``order``. None: it is loaded; ``on_success`` wrote it down. Otherwise its worker is gone."""
+        begin = time.monotonic()
+        error = self._tried(order, on_success)
+        self._owner.on_load(order, time.monotonic() - begin, error)
+        return error
+
+    def _tried(self, order: LoadOrder, on_success: Callable[[], None]) -> LoadstoneError | None:
         try:
             self._end_old()
             self._load(order, on_success)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.errors import Busy, Cancelled, LoadstoneError, WorkerCrashed, WorkerTimeout
-from modules.protocol import Event, Failed, Progress
+from modules.protocol import Event, Failed, LoadOrder, Progress
 from modules.supervisor.child import Child, packages_changed_since
 from modules.supervisor.state import LOAD_STATES, Loaded, Record, State
 
 log = logging.getLogger(__name__)
+
+
+OnLoad = Callable[[LoadOrder, float, LoadstoneError | None], None]  # what was loaded, in how many seconds, or why not
 
 
 @dataclass(eq=False)
@@ -44,7 +47,7 @@ class Owner:
     Nobody waits for a process with the lock held: the threads that see it end need the lock to say so.
     """
 
-    def __init__(self, command: Sequence[str], measure: Callable[[], Any], *, keep_warm: bool) -> None:
+    def __init__(self, command: Sequence[str], measure: Callable[[], Any], *, keep_warm: bool, on_load: OnLoad) -> None:
         self.changed = threading.Condition()
         self.record = Record()
         self.job: Job | None = None
@@ -56,6 +59,7 @@ class Owner:
         self._command = tuple(command)
         self._measure = measure
         self._keep_warm = keep_warm
+        self.on_load = on_load
 
     # --- with the lock held ---
 

@@ -31,7 +31,7 @@ from modules.supervisor import adapting
 from modules.supervisor.answer import Answer
 from modules.supervisor.child import Child
 from modules.supervisor.loading import Load
-from modules.supervisor.owner import Job, Owner
+from modules.supervisor.owner import Job, OnLoad, Owner
 from modules.supervisor.state import LOAD_STATES, Snapshot, State
 from modules.supervisor.told import Told
 
@@ -45,7 +45,8 @@ class Supervisor:
     """See the module. Every method may be called from any thread.
 
     ``measure`` tells what the machine has, before and after a load; it is called without the lock.
-    ``start_timeout_s`` is how long a worker may take until it listens.
+    ``start_timeout_s`` is how long a worker may take until it listens. ``on_load`` is told how each load ended, on the
+    thread that loaded.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Supervisor:
         measure: Callable[[], Any] = lambda: None,
         command: Sequence[str] = COMMAND,
         start_timeout_s: float = 60.0,
+        on_load: OnLoad = lambda *_: None,
     ) -> None:
-        self._owner = Owner(command, measure, keep_warm=warm_worker)
+        self._owner = Owner(command, measure, keep_warm=warm_worker, on_load=on_load)
         self._changed = self._owner.changed
         self._start_timeout_s = start_timeout_s
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()

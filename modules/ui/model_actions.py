@@ -60,7 +60,7 @@ def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any, anyway:
     yield from _act(service, lambda: service.load(model or "", form_values(tab.form, raw), anyway=anyway), model)
 
 
-def _act(service: Service, action: Callable[[], None], model: str | None) -> Iterator[list[Any]]:
+def _act(service: Service, action: Callable[[], object], model: str | None) -> Iterator[list[Any]]:
     try:
         action()
     except LoadstoneError as error:

@@ -25,10 +25,11 @@ from modules.errors import OptionError, PortInUse
 from modules.options import ServerOptions
 from modules.service import Service
 from modules.web import announcing
+from modules.web.watching import Watching
 
 LOCAL = "127.0.0.1"
 _EVERYWHERE = ("0.0.0.0", "::", "")
-_LAST_ANSWERS_S = 0.1  # for answers that waited for a model, once there is none to wait for
+_LAST_ANSWERS_S = 0.3  # for answers that waited for a model, once there is none to wait for
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
         announcing.announce_shared(address, door.made)
 
     config = uvicorn.Config(
-        application(service, door),
+        Watching(application(service, door), service.traffic),
         log_level="info" if server.verbose else "warning",
         timeout_graceful_shutdown=1,
         server_header=False,

@@ -29,7 +29,7 @@ def router(service: Service, lane: Lane) -> APIRouter:
     async def chat(body: ChatBody, request: Request) -> Response:
         async with reached(service, body.model, body.keep_alive, request) as target:
             orders = await run_in_threadpool(chat_orders, service, body, target)
-            running = Running(service, lane, orders, request, target.use)
+            running = Running(service, lane, orders, request, target.use, body.n or 1)
         name = body.model or target.use.name
         if body.stream:
             return await stream(_events(running, body, name, len(orders)))

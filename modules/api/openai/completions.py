@@ -33,7 +33,7 @@ def router(service: Service, lane: Lane) -> APIRouter:
         async with reached(service, body.model, body.keep_alive, request) as target:
             orders = await run_in_threadpool(completion_orders, service, body, target)
             fronts = await run_in_threadpool(_fronts, service, body, orders, target.use)
-            running = Running(service, lane, orders, request, target.use)
+            running = Running(service, lane, orders, request, target.use, body.n or 1)
         name = body.model or target.use.name
         if body.stream:
             return await stream(_events(running, body, name, fronts))

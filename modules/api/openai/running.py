@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from modules.api.openai.reaching import disconnected
+from modules.api.seeing import seen_of
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service
@@ -53,14 +54,18 @@ class Running:
     """
 
     def __init__(
-        self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request, use: Use
-    ) -> None:
+        self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request, use: Use,
+        choices_a_prompt: int = 1,
+    ) -> None:  # fmt: skip
         lane.enter(len(orders))
         self._lane = lane
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()
         self._stops = [threading.Event() for _ in orders]  # one each: an answer sets its own when it ends
         self._request = request
+        self._seen = seen_of(request.scope)
+        self._seen.model = use.name
+        self._choices_a_prompt = choices_a_prompt
         self._left = len(orders)
         for index, order in enumerate(orders):
             held = use.again()  # until this answer is there, however long the response takes
@@ -102,6 +107,7 @@ class Running:
                     got.cancel()
                     raise Cancelled("The client has gone.")
                 index, chunk = got.result()
+                self._note(index, chunk)
                 if isinstance(chunk, LoadstoneError):
                     raise chunk
                 if isinstance(chunk, Done):
@@ -114,6 +120,16 @@ class Running:
             for stop in self._stops:
                 stop.set()
             gone.cancel()
+
+    def _note(self, index: int, chunk: Chunk | LoadstoneError) -> None:
+        """For the log: what came, without what it says."""
+        if isinstance(chunk, Piece):
+            self._seen.first_token()
+        elif isinstance(chunk, Done):
+            self._seen.prompt_tokens += chunk.prompt_tokens if index % self._choices_a_prompt == 0 else 0
+            self._seen.completion_tokens += chunk.completion_tokens
+        elif isinstance(chunk, LoadstoneError):
+            self._seen.kind = chunk.kind
 
 
 @dataclass
