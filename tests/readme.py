@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modules.errors import LoadstoneError, UserError, error_classes
 from modules.options import COMMAND_OPTIONS, GENERATION_OPTIONS, GROUPS, LOAD_OPTIONS, SERVER_OPTIONS, Spec
+from tests.api.openai import conformance
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -61,6 +62,7 @@ PARTS: Mapping[str, str] = {
     "server options": option_table(SERVER_OPTIONS.values()),
     "commands": option_table(COMMAND_OPTIONS.values()),
     "troubleshooting": troubleshooting(),
+    "conformance": conformance.table(),
 }
 
 
