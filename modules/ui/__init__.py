@@ -20,6 +20,8 @@ from modules.ui import (
     model_actions,
     model_tab,
     session_tab,
+    training_actions,
+    training_tab,
 )
 from modules.ui.answering import Stops
 from modules.ui.common import QUIET, queue, top
@@ -37,11 +39,13 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         line = top(cards.status_line(service.snapshot()), login=login)
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
-        with gr.Tabs(elem_id="tabs"):
+        with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Model", id="model"):
                 models = model_tab.build(service)
             with gr.Tab("Chat", id="chat") as talk:
                 chat = chat_tab.build(service)
+            with gr.Tab("Training", id="training") as train:
+                training = training_tab.build()
             with gr.Tab("Session", id="session") as session:
                 session_tab.build(service, session)
         model_actions.wire(models, service)
@@ -50,6 +54,8 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
         chat_tab.wire(chat, service, Stops(), lives)
         chat_tab.wire_recall(page, chat, service)
         chat_loras.follow([page.load, sync.click, talk.select], chat.loras, service)
+        training_actions.wire(training, service, tabs, chat.loras.beside)
+        training_actions.follow([page.load, training.sync.click, train.select], training, service)
         _follow_state(page, service, line, sync, models, chat)
     queue(page)
     return page

@@ -53,6 +53,17 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     return f'<table class="facts">{cells}</table>'
 
 
+def bar(name: str, percent: float) -> str:
+    """A progress bar, named for who does not see it."""
+    return (
+        f'<div class="bar" role="progressbar" aria-label="{escape(name)}" aria-valuenow="{percent:.0f}" '
+        f'aria-valuemin="0" aria-valuemax="100"><div class="fill planned" style="width:{percent:.1f}%"></div></div>'
+    )
+
+
+MOVING_BAR = '<div class="bar"><div class="fill planned moving"></div></div>'  # how far it is, nobody knows
+
+
 def small(text: str) -> str:
     return f'<div class="small">{escape(text) or "&nbsp;"}</div>'
 

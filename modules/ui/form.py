@@ -34,13 +34,16 @@ class Form:
         return [self.precision, *self.fields.values()]
 
 
-def widget(spec: Spec, value: Any = None) -> gr.components.Component:
-    """The widget for one option, at ``value`` or the table's default. Bounds are the option's to check, in words."""
+def widget(spec: Spec, value: Any = None, *, prefix: str = "option") -> gr.components.Component:
+    """The widget for one option, at ``value`` or the table's default. Bounds are the option's to check, in words.
+
+    ``prefix``: of its HTML id, which is the page's alone.
+    """
     shown = widget_value(spec, spec.default if value is None else value)
     common: dict[str, Any] = {
         "label": _label(spec),
         "info": info_text(spec),
-        "elem_id": f"option-{spec.name}",
+        "elem_id": f"{prefix}-{spec.name}",
         "interactive": True,
     }
     if spec.kind == "flag":

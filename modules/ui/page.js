@@ -4,6 +4,7 @@
   const EVERY_MS = 500;
   let shown = null;
   let downloads = null;
+  let training = null;
   let failures = 0;
 
   const element = (id) => document.getElementById(id);
@@ -43,6 +44,11 @@
       if (status.downloads !== downloads && element("sync-downloads")) {
         downloads = status.downloads;
         element("sync-downloads").click();
+      }
+      // Only while the tab is shown: a curve is drawn with every step.
+      if (status.training !== training && element("training-start")?.offsetParent) {
+        training = status.training;
+        element("sync-training").click();
       }
       showRate(status);
       explain();
@@ -91,6 +97,7 @@
   const WHY = {
     load: "A load is under way.", unload: "No model is loaded.", reload: "No model is loaded.",
     "lora-apply": "The chosen model is not loaded: Load applies its LoRAs too.", "lora-remove": "No LoRA is active.",
+    "training-start": "A training is under way.", "perplexity-start": "A text is being measured.",
   };
   function explain() {
     for (const [id, why] of Object.entries(WHY)) {
