@@ -146,7 +146,7 @@ class Prompter:
             messages, continue_last = messages[:-1], False  # nothing to go on with: answer
         if not self.tokenizer.chat_template:
             _refuse_without_template(order.shape)
-            return Prompt(self._raw(self._plain(messages, continue_last)), ("\nUser:",), dropped)
+            return Prompt(self._raw(self.plain(messages, continue_last)), ("\nUser:",), dropped)
         text = self._rendered(messages, continue_last, self._extras(order.shape))
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         marks = reasoning_marks(self.tokenizer.chat_template)
@@ -162,7 +162,8 @@ class Prompter:
             return {**shape.template_values, "tools": list(shape.tools)}
         return shape.template_values
 
-    def _plain(self, messages: ChatMessages, continue_last: bool) -> str:
+    def plain(self, messages: ChatMessages, continue_last: bool) -> str:
+        """The text of these messages without a chat template; not ``continue_last``: up to where an answer begins."""
         if self.task == "seq2seq" and len(messages) == 1:
             return str(messages[0]["content"])
         lines = [

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from modules.errors import NotTrainable, OptionError
 from modules.options import TrainingOptions
 from modules.worker.adapters.files import WEIGHTS
-
-_ALL_LINEAR = "all-linear"  # peft's word for all linear layers but the output
 
 
 def wrap(model: Any, options: TrainingOptions, base_name: str) -> Any:
@@ -25,7 +24,7 @@ def wrap(model: Any, options: TrainingOptions, base_name: str) -> Any:
         r=options.rank,
         lora_alpha=options.alpha or 2 * options.rank,
         lora_dropout=options.dropout,
-        target_modules=list(options.target_modules) or _ALL_LINEAR,
+        target_modules=list(options.target_modules) or linear_modules(model),
         use_rslora=options.rslora,
         use_dora=options.dora,
         task_type="CAUSAL_LM",
@@ -45,17 +44,39 @@ def wrap(model: Any, options: TrainingOptions, base_name: str) -> Any:
     return adapted
 
 
+def linear_modules(model: Any) -> list[str]:
+    """The last parts of the names of all linear layers but the output; whole names where a part is a number.
+
+    peft's "all-linear" (0.21.2) passes over the layers of GPTQ.
+    """
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is not head and _is_linear(module)]
+    parts = sorted({name.rpartition(".")[2] for name in names})
+    return names if any(part.isdigit() for part in parts) else parts
+
+
+def _is_linear(module: Any) -> bool:
+    packed = isinstance(getattr(module, "qweight", None), torch.Tensor)
+    return packed or isinstance(module, torch.nn.Linear | Conv1D)
+
+
 def prepare(model: Any) -> None:
     """Make a loaded model one that gradients can go through.
 
-    bitsandbytes (0.50.2) repacks 4-bit weights on a CPU at the first forward in evaluation mode, into a form that has
-    no backward pass: training after an evaluation would learn nothing below it. Here they stay as they are.
+    bitsandbytes (0.50.2) and gptqmodel (7.6.0) repack 4-bit weights on a CPU at the first forward in evaluation mode,
+    into a form that has no backward pass: training after an evaluation would learn nothing below it. Here they stay as
+    they are. A CPU multiplies float16 some thirty times as slowly as bfloat16 (torch 2.13): what is kept in it beside
+    GPTQ's packed weights becomes bfloat16, in which the packed ones are then multiplied too.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+            parameter.data = parameter.data.to(torch.bfloat16)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if getattr(module, "linear_mode", "") is None:
+            module.linear_mode = "train"
     model.config.use_cache = False
 
 
