@@ -71,7 +71,7 @@ def build() -> PerplexityCard:
 
 def _tokens(label: str, info: str, usual: str, name: str) -> gr.Number:
     return gr.Number(
-        None, label=f"{label}, tokens", info=info, placeholder=usual, precision=0, step=256, minimum=0,
+        None, label=f"{label}, tokens", info=info, placeholder=usual, precision=0, step=256,
         elem_id=f"perplexity-{name}", interactive=True, min_width=140,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import sys
 
 from tests.benchmarks.common import Row
 
-NAMES = ("start", "listing", "plan", "memory", "load", "repeat", "stream", "download", "loras")
+NAMES = ("start", "listing", "plan", "memory", "load", "repeat", "stream", "download", "loras", "alpha")
 
 
 def main() -> int:
