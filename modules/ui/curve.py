@@ -9,9 +9,9 @@ from html import escape
 from modules.training.messages import TrainEvaluation, TrainStep
 
 # In units of the picture, which is as wide as its column.
-_WIDTH, _HEIGHT = 420, 236
-_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 10, 168  # of the loss
-_RATE_TOP, _RATE_BOTTOM = 184, 214  # of the learning rate
+_WIDTH, _HEIGHT = 420, 238
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 10, 164  # of the loss
+_RATE_TOP, _RATE_BOTTOM = 190, 216  # of the learning rate
 _TICKS = 4
 _OUTLIERS = 0.02  # the share of the highest losses that may be drawn at the upper edge
 
@@ -33,7 +33,7 @@ def curve(steps: Sequence[TrainStep], evaluations: Sequence[TrainEvaluation], to
         f'aria-label="{escape(_in_words(steps, evaluations))}">'
         f"{_axes(last, top)}{_line(rate, 'rate')}{_line(loss, 'loss')}{_line(checks, 'check')}"
         f"{''.join(_mark(one, at) for one, at in zip(evaluations, checks, strict=False))}"
-        f'<text class="tick" x="{_LEFT + 4}" y="{_RATE_TOP - 2}">learning rate</text></svg>'
+        f'<text class="tick" x="{_LEFT + 4}" y="{_RATE_TOP - 6}">learning rate</text></svg>'
         f"<figcaption>{_legend(bool(checks))}</figcaption></figure>"
     )
 

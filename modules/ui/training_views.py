@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modules.errors import LoadstoneError
 from modules.options import TRAINING_OPTIONS, TrainingOptions
+from modules.protocol import Progress
 from modules.service.training import Estimate, Phase, Run, TrainState
 from modules.training.messages import Preview, PreviewExample, PreviewToken, Trained
 from modules.ui.cards import error_box
@@ -138,13 +139,13 @@ def training_card(state: TrainState) -> str:
         f'<div class="card {css}" data-phase="{state.phase}"><div class="card-head">',
         f'<span class="dot {css}" aria-hidden="true"></span><b>{escape(head)}</b></div>',
         _bar(state) if state.running else "",
-        f'<div role="status">{small(_numbers(state))}</div>' if state.last or state.progress else "",
+        f'<div role="status">{small(_numbers(state))}</div>' if not state.trained else "",
         curve(state.steps, state.evaluations, state.total_steps),
         _result(state.trained) if state.trained else "",
         error_box(state.error) if state.error and state.phase is Phase.FAILED else "",
         small("It can go on from where it stands: see below.") if state.phase is Phase.PAUSED else "",
         f'<details data-keep="training-order"><summary>What is trained</summary>{_order(state)}</details>',
-        _notes(state.notes),
+        _notes(state.notes) if state.running else "",
     ]
     return "".join(parts) + "</div>"
 
@@ -163,7 +164,7 @@ def _numbers(state: TrainState) -> str:
     """``step 12 of 60 · epoch 0.6 · loss 1.234 · learning rate 1.8e-04 · 210 tokens/s · 1:20 left``."""
     last, progress = state.last, state.progress
     if last is None or (progress and state.phase is Phase.STARTING):
-        return progress.stage if progress else ""
+        return _stage(progress) if progress else "the first step" if state.running else ""
     best = min(state.evaluations, key=lambda one: one.loss, default=None)
     parts = [
         f"step {last.step:,} of {state.total_steps:,}",
@@ -173,9 +174,14 @@ def _numbers(state: TrainState) -> str:
         f"learning rate {last.learning_rate:.2g}",
         f"{last.tokens_per_second:,.0f} tokens/s",
         f"{format_seconds(last.eta_s)} left" if last.eta_s and state.phase is Phase.TRAINING else "",
-        progress.stage if progress and state.running else "",
+        _stage(progress) if progress and state.running else "",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _stage(progress: Progress) -> str:
+    of = f" · {progress.done:,} of {progress.total:,} {progress.unit}" if progress.total else ""
+    return progress.stage + of
 
 
 def _result(trained: Trained) -> str:
