@@ -105,6 +105,8 @@ def _run(service: Service, server: ServerOptions, parsed: flags.Parsed) -> int:
         return commands.print_plan(service, as_json=command.json)
     if "merge" in parsed.command:
         return commands.merge(service, command.merge, command.max_shard_size)
+    if "train" in parsed.command:
+        return commands.train(service, Path(command.train), anyway=command.load_anyway)
     if "prompt" in parsed.command:  # given, if only as an empty text
         return commands.prompt(service, command.prompt, raw=command.raw_prompt, anyway=command.load_anyway)
     from modules import web

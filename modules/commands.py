@@ -1,4 +1,4 @@
-"""What ``server.py`` does without a page: answer one prompt, check the machine, bring the demo model."""
+"""What ``server.py`` does without a page: answer one prompt, check the machine, merge, train, bring the demo model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any
 
 from modules import demo as demo_model
 from modules import packages
-from modules.errors import UserError
+from modules.errors import NameTaken, SettingsError, UserError
 from modules.hub import Job
+from modules.options import LOAD_OPTIONS, TRAINING_FILE, TRAINING_OPTIONS, TrainingOptions
 from modules.protocol import Done, Piece
 from modules.service import Service
+from modules.service.training import Data, Phase, Training, TrainState
+from modules.settings import read_values
+from modules.training.messages import TrainOrder
 from modules.units import format_bytes, format_seconds
 
 HERE = Path(__file__).resolve().parent.parent
@@ -145,6 +149,90 @@ def merge(service: Service, name: str, max_shard_size: str) -> int:
     say(f"{format_bytes(state.merged.size_bytes)}; {state.merged.tokens} tokens are those of the unmerged pair")
     print(state.merged.path)
     return 0
+
+
+def train(service: Service, file: Path, *, anyway: bool = False) -> int:
+    """Train the LoRA that the YAML file describes, with a progress bar on stderr; its folder on stdout.
+
+    Goes on with an unfinished training of the same name. Ctrl-C pauses. Raises SettingsError, and what loading and
+    training raise.
+    """
+    from tqdm import tqdm
+
+    training = service.training
+    order = _begin_training(service, file, anyway)
+    for note in order.notes:
+        say(f"note: {note}")
+    try:
+        with tqdm(unit="step", desc=order.name) as bar:
+            state = _follow_training(training, bar)
+    except KeyboardInterrupt:
+        say("\nPausing: a checkpoint is being written. Ctrl-C once more ends it at once.")
+        training.pause()
+        state = training.wait_over()
+    finally:
+        training.close()
+    if state.phase is Phase.PAUSED:
+        say(f"Paused at step {state.last.step if state.last else 0}. The same command goes on with it.")
+        return 130
+    if state.trained is None:
+        raise state.error or UserError("Nothing was trained.")
+    made = state.trained
+    measured = "" if made.evaluation_loss is None else f", {made.evaluation_loss:.4f} on the examples kept aside"
+    say(f"{made.steps} steps, {made.tokens_per_second:,.0f} tokens/s; loss {made.loss:.4f}{measured}; the LoRA is that "
+        f"of step {made.step}")  # fmt: skip
+    print(made.path)
+    return 0
+
+
+def _begin_training(service: Service, file: Path, anyway: bool) -> TrainOrder:
+    """Start, or go on with an unfinished training of the same name. Raises what is wrong with the file."""
+    values = read_training(file)
+    described = {key: values.pop(key, spec.default) for key, spec in TRAINING_FILE.items()}
+    loading = {key: values.pop(key) for key in list(values) if key in LOAD_OPTIONS}
+    service.preselected = str(loading.pop("model", "") or service.preselected)
+    name = str(described["name"]) or file.stem
+    options = service.training.options(values)
+    if any(run.name == name for run in service.training.runs()):
+        return _go_on(service, name, options, anyway)
+    load = service.order(_model_for("--train", service), loading, "command line", anyway=anyway)
+    path = str(file.parent / str(described["data"])) if described["data"] else ""
+    data = Data(path, "", str(described["hub"]), described["data_format"])
+    return service.training.start(name, data, values, anyway=anyway, load=load)
+
+
+def _go_on(service: Service, name: str, options: TrainingOptions, anyway: bool) -> TrainOrder:
+    """Raises NameTaken where the unfinished training was begun with other options."""
+    run = service.training.find(name)
+    if run.order.options != options:
+        raise NameTaken(
+            f"There is an unfinished training of {name}, which was begun with other options.",
+            "Give those again to go on with it, or choose another name.",
+        )
+    say(f"Going on with {name} from step {run.step}, with the model and the data that it began with.")
+    return service.training.resume(name, anyway=anyway)
+
+
+def read_training(file: Path) -> dict[str, Any]:
+    """The values of a training's file. Raises SettingsError, with the line."""
+    if not file.is_file():
+        raise SettingsError(f"There is no file {file}.", "Name the YAML file that says what to train; see README.")
+    return read_values(file, {**TRAINING_FILE, **TRAINING_OPTIONS, **LOAD_OPTIONS})
+
+
+def _follow_training(training: Training, bar: Any) -> TrainState:
+    said = ""
+    while (state := training.state()).running:
+        if state.progress and state.progress.stage != said:
+            bar.set_postfix_str(said := state.progress.stage)
+        if state.last:
+            bar.total, bar.n, said = state.total_steps, state.last.step, ""
+            bar.set_postfix_str(
+                f"loss {state.last.loss:.4f}, {state.last.tokens_per_second:,.0f} tokens/s", refresh=False
+            )
+            bar.refresh()
+        training.wait(state.version, _POLL_S)
+    return state
 
 
 def check(service: Service) -> int:

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from modules.errors import LoadstoneError, UserError, error_classes
-from modules.options import COMMAND_OPTIONS, GENERATION_OPTIONS, GROUPS, LOAD_OPTIONS, SERVER_OPTIONS, Spec
+from modules.options import (
+    COMMAND_OPTIONS,
+    GENERATION_OPTIONS,
+    GROUPS,
+    LOAD_OPTIONS,
+    SERVER_OPTIONS,
+    TRAINING_OPTIONS,
+    Spec,
+)
 from tests.api.openai import conformance
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -60,6 +68,7 @@ PARTS: Mapping[str, str] = {
     "loader options": load_tables(),
     "generation options": option_table(GENERATION_OPTIONS.values()),
     "server options": option_table(SERVER_OPTIONS.values()),
+    "training options": option_table(TRAINING_OPTIONS.values()),
     "commands": option_table(COMMAND_OPTIONS.values()),
     "troubleshooting": troubleshooting(),
     "conformance": conformance.table(),

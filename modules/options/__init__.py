@@ -17,8 +17,11 @@ from modules.options.loader import (
 from modules.options.server import COMMAND_OPTIONS, SERVER_OPTIONS, CommandOptions, ServerOptions
 from modules.options.spec import Spec, find, parse_values
 from modules.options.training import (
+    DATA_FORMATS,
+    TRAINING_FILE,
     TRAINING_GROUPS,
     TRAINING_OPTIONS,
+    DataFormat,
     TrainingOptions,
     training_options,
     training_reasons,
@@ -26,15 +29,18 @@ from modules.options.training import (
 
 __all__ = [
     "COMMAND_OPTIONS",
+    "DATA_FORMATS",
     "GENERATION_OPTIONS",
     "GROUPS",
     "LOAD_OPTIONS",
     "PRECISIONS",
     "SERVER_OPTIONS",
+    "TRAINING_FILE",
     "TRAINING_GROUPS",
     "TRAINING_OPTIONS",
     "Circumstances",
     "CommandOptions",
+    "DataFormat",
     "GenerationOptions",
     "LoadOptions",
     "ServerOptions",

@@ -128,6 +128,10 @@ class CommandOptions:
         "text", "", "Merge", "Write --model with --lora merged in as a new model of this name under models/, exit.",
         group="command",
     )  # fmt: skip
+    train: str = option(
+        "text", "", "Train", "Train a LoRA as this YAML file says, and exit. Again: go on where it ended.",
+        group="command",
+    )  # fmt: skip
     max_shard_size: str = option(
         "text", "5GB", "Largest file", "With --merge: write the weights in files of at most this size.",
         group="command",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from modules.options.circumstances import Circumstances
 from modules.options.spec import Spec, option, parse_values, specs
@@ -111,6 +111,32 @@ class TrainingOptions:
 
 # Named in messages as files name them: there are no flags of these.
 TRAINING_OPTIONS: Mapping[str, Spec] = {name: replace(spec, flag=name) for name, spec in specs(TrainingOptions).items()}
+
+
+DataFormat = Literal["auto", "text", "chat", "pairs"]
+DATA_FORMATS: tuple[DataFormat, ...] = ("auto", "text", "chat", "pairs")
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """What a training's file says beside the training and loader options, which it may hold too."""
+
+    name: str = option("text", "", "Name", "What the LoRA is called, under loras/.", group="file", flag="name")
+    data: str = option(
+        "text", "", "Data", "The file to learn from; a path that is not absolute begins where this file lies.",
+        group="file", flag="data",
+    )  # fmt: skip
+    hub: str = option(
+        "text", "", "Data set", "A data set on the Hub instead: USER/NAME, USER/NAME:SPLIT or USER/NAME/CONFIG:SPLIT.",
+        group="file", flag="hub",
+    )  # fmt: skip
+    data_format: str = option(
+        "choice", "auto", "Format", "Plain text, conversations, or pairs of prompt and completion; auto looks.",
+        group="file", flag="data_format", choices=DATA_FORMATS,
+    )  # fmt: skip
+
+
+TRAINING_FILE = specs(TrainingFile)
 
 
 def training_options(values: Mapping[str, Any]) -> TrainingOptions:

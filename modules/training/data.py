@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import BrokenData, LoadstoneError
+from modules.options import DATA_FORMATS, DataFormat
 from modules.protocol import ChatMessages
 from modules.training.hub import fetch
-from modules.training.messages import DATA_FORMATS, DataFile, DataFormat
+from modules.training.messages import DataFile
 
 _JSON = frozenset({".json", ".jsonl", ".ndjson"})
 _MARKS = 64  # tokens of a chat template around the messages

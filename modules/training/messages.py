@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from modules.options import TrainingOptions
+from modules.options import DATA_FORMATS as DATA_FORMATS
+from modules.options import DataFormat, TrainingOptions
 from modules.protocol import LoadOrder, message
 
 PREVIEW = "/preview"
-DataFormat = Literal["auto", "text", "chat", "pairs"]
-DATA_FORMATS: tuple[DataFormat, ...] = ("auto", "text", "chat", "pairs")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from modules.protocol import (
     decode,
     encode,
 )
+from modules.training.messages import PREVIEW, PreviewOrder
 from modules.worker.batching import Line, Ticket
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, prompter
@@ -170,6 +171,13 @@ class Worker:
     def decode(self, order: DecodeOrder) -> str:
         """The text of token ids. Does not wait for a generation."""
         return prompter(self.loaded()).decode(order.tokens)
+
+    def preview(self, order: PreviewOrder) -> str:
+        """How data to train on will look to the model. Does not wait for a generation."""
+        from modules.worker.training.preview import preview
+
+        loaded = self.loaded()
+        return encode(preview(order, loaded.model, loaded.tokenizer)).decode()
 
     def memory(self) -> Memory:
         """What the process holds now, GPUs included once a model is loaded."""
@@ -295,6 +303,7 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         Route(GENERATE, generate, methods=["POST"]),
         Route(ADAPTERS, adapters, methods=["POST"]),
         Route(COUNT, _quick(worker.count, CountOrder, "tokens"), methods=["POST"]),
+        Route(PREVIEW, _quick(worker.preview, PreviewOrder, "preview"), methods=["POST"]),
         Route(ENCODE, _quick(worker.encode, EncodeOrder, "tokens"), methods=["POST"]),
         Route(DECODE, _quick(worker.decode, DecodeOrder, "text"), methods=["POST"]),
         Route(PERPLEXITY, perplexity, methods=["POST"]),

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from modules.errors import LoadstoneError
+from modules.options import DataFormat
 from modules.protocol import Progress
-from modules.training.messages import DataFormat, Trained, TrainEvaluation, TrainOrder, TrainStarted, TrainStep
+from modules.training.messages import Trained, TrainEvaluation, TrainOrder, TrainStarted, TrainStep
 
 _MOST_POINTS = 600  # of a curve: more can neither be seen nor sent to every page often
 

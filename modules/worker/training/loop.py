@@ -68,6 +68,8 @@ def arguments(order: TrainOrder, lesson: Lesson) -> TrainingArguments:
 class Loop(Trainer):  # type: ignore[misc]
     """Trains ``model``, a PeftModel, and emits how it goes. :meth:`run` is what to call."""
 
+    control: Any
+
     def __init__(
         self, model: Any, order: TrainOrder, lesson: Lesson, pad: int, asked: Control, emit: Callable[[Any], None]
     ) -> None:
