@@ -300,6 +300,7 @@ class LoginRequired(AccessRefused):
 class TooManyAttempts(AccessRefused):
     kind = "too_many_attempts"
     status = 429
+    retry_after_s = 30  # the longest wait
     title = "Too many wrong attempts"
     remedy = "Wait, then try again."
 

@@ -18,6 +18,7 @@ from modules.access.hosts import Hosts, host_port, refusal
 from modules.access.rules import OPEN_ROUTES, guest_may
 from modules.access.sessions import Sessions, cookie_name, set_cookie, token_in
 from modules.errors import AccessRefused, Cancelled, LoadstoneError, LoginRequired, RequestTooLarge, TooManyAttempts
+from modules.service.traffic import seen_of
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 _MOST_LOGIN_BYTES = 8 * 2**10
@@ -80,6 +81,7 @@ class AccessMiddleware:
         except LoadstoneError as error:
             if begun:
                 raise
+            seen_of(scope).kind = error.kind
             await _refused(error)(scope, receive, send_with_headers)
 
     def _inner(self, path: str) -> str:
@@ -107,6 +109,7 @@ class AccessMiddleware:
             if method in ("GET", "HEAD") and "text/html" in headers.get("accept", ""):
                 return RedirectResponse(f"{self._subpath}/login", 303)
             raise
+        seen_of(scope).role = role.value
         if role is Role.GUEST and not guest_may(method, path):
             raise AccessRefused(
                 f"{method} {path} is the administrator's.",
@@ -219,6 +222,8 @@ def _refused(error: LoadstoneError) -> Response:
     """The error in the API's form, with what OpenAI's clients look for beside it."""
     body = {**error.to_dict(), "type": "invalid_request_error", "param": None, "code": error.kind}
     headers = {"www-authenticate": "Bearer"} if isinstance(error, LoginRequired) else {}
+    if error.retry_after_s:
+        headers["retry-after"] = str(error.retry_after_s)
     return JSONResponse({"error": body}, error.status, headers)
 
 

@@ -13,6 +13,7 @@ GUEST_ROUTES = frozenset(
         "GET /gradio_api/queue/data", "POST /gradio_api/run/*", "POST /gradio_api/api/*", "POST /gradio_api/call/*",
         "GET /gradio_api/call/*", "POST /gradio_api/reset", "POST /gradio_api/cancel",
         "GET /live/*", "GET /v1/models", "GET /v1/models/*", "POST /v1/chat/completions", "POST /v1/completions",
+        "POST /v1/embeddings",
         "GET /v1/internal/model/status", "GET /v1/internal/model/info", "GET /v1/internal/model/list",
         "GET /v1/internal/lora/list", "POST /v1/internal/encode", "POST /v1/internal/decode",
         "POST /v1/internal/token-count",

@@ -8,10 +8,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from modules.api.openai import problems as openai
-from modules.api.seeing import seen_of
-from modules.errors import InternalError, LoadstoneError, OptionError
+from modules.errors import InternalError, LoadstoneError, OptionError, UserError
+from modules.service.traffic import seen_of
 
 
 def install(app: FastAPI, *, with_details: bool = True) -> None:
@@ -24,12 +25,13 @@ def install(app: FastAPI, *, with_details: bool = True) -> None:
         headers = {"retry-after": str(known.retry_after_s)} if known.retry_after_s else None
         if openai.serves(request.url.path.removeprefix(request.scope.get("root_path", ""))):
             status, body = openai.error_body(known)
-            return JSONResponse(body, status_code=status, headers=headers)
-        return JSONResponse(
-            {"error": error_body(known, with_details=with_details)}, status_code=known.status, headers=headers
-        )
+        else:
+            status, body = known.status, {"error": error_body(known, with_details=with_details)}
+        if isinstance(error, HTTPException):  # the framework's own: no such method, no JSON at all
+            status, headers = error.status_code, dict(error.headers or {})
+        return JSONResponse(body, status_code=status, headers=headers)
 
-    for raised in (LoadstoneError, RequestValidationError, Exception):
+    for raised in (LoadstoneError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(raised, answer_error)
 
 
@@ -44,6 +46,8 @@ def typed(error: Exception, request: Request) -> LoadstoneError:
         return error
     if isinstance(error, RequestValidationError):
         return _bad_body(error, request)
+    if isinstance(error, HTTPException):
+        return UserError(f"{error.detail}.", _what_it_takes(request))
     return InternalError(f"{type(error).__name__}: {error}", "The server's log tells more; please report it.")
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
 from modules.api.answers import error_body
-from modules.errors import Cancelled
+from modules.errors import Cancelled, ModelNotFound
 from modules.options import LOAD_OPTIONS
 from modules.service import Service, entries_of
 from modules.supervisor import LOAD_STATES, Loaded, Snapshot, State
@@ -86,7 +86,7 @@ def _add_loading(routes: APIRouter, service: Service) -> None:
         if view.problem:
             raise view.problem
         if view.fit is None:
-            raise AssertionError("a view of a model without a problem has a plan")
+            raise ModelNotFound("No model is named.", "Name one in model_name.")
         planned = view.fit.plan
         return {**planned.to_dict(), "fits": view.fit.fits, "notes": [*view.notes, *planned.notes]}
 

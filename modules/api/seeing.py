@@ -1,22 +1,11 @@
-"""What a route learns of its request, for the log and the figures."""
+"""Which route answers a request, for the log and the figures."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modules.service.traffic import Seen
-
-SEEN = "loadstone.seen"  # its place in the scope; the access check writes the role there
-
-
-def seen_of(scope: Mapping[str, Any]) -> Seen:
-    """Where to write what is learnt; nobody reads it where nobody watches."""
-    seen = scope.get(SEEN)
-    return seen if isinstance(seen, Seen) else Seen()
+from modules.service.traffic import seen_of
 
 
 class NoteRoute:

@@ -161,7 +161,7 @@ class OnDemand:
         """Wait for the answers under way there. False where nobody waits for the model any more."""
         fleet = self._fleet
         with fleet.changed:
-            while any(slot.uses for slot in slots):
+            while any(slot.used_now for slot in slots):
                 if not self._wanted(name) or fleet.closed:
                     return False
                 fleet.changed.wait(_LOOK_S)

@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -63,6 +64,15 @@ class Seen:
         if self.first_token_s is not None:
             parts.append(f"first after {self.first_token_s * 1000:.0f} ms")
         return " · ".join(parts)
+
+
+SEEN = "loadstone.seen"  # the place of a request's Seen in its ASGI scope
+
+
+def seen_of(scope: Mapping[str, Any]) -> Seen:
+    """Where to write what is learnt of a request; nobody reads it where nobody watches."""
+    seen = scope.get(SEEN)
+    return seen if isinstance(seen, Seen) else Seen()
 
 
 class Traffic:

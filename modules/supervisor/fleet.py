@@ -317,7 +317,7 @@ class Fleet:
         return slot
 
     def _by_use(self) -> list[Slot]:
-        return sorted(self._slots, key=lambda slot: NEVER if slot.uses else slot.used)
+        return sorted(self._slots, key=lambda slot: NEVER if slot.used_now else slot.used)
 
     def _tidy(self) -> None:
         """Drop places that are empty, and show another model where the one in front has ended by request."""

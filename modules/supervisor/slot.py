@@ -58,13 +58,20 @@ class Slot:
         return loaded.order.name if loaded else ""
 
     @property
+    def used_now(self) -> bool:
+        """Whether somebody uses it, or it works at something longer than an answer."""
+        return self.uses > 0 or self.supervisor.working
+
+    @property
     def busy(self) -> bool:
         """Whether a load or an unload is under way."""
         return self.supervisor.snapshot().state in (*LOAD_STATES, State.UNLOADING)
 
     def ends_at(self, idle_s: float) -> float:
         """When it ends if nobody uses it, as ``time.monotonic`` counts; never for one that is pinned or in use."""
-        if self.loaded() is None or self.pinned or self.uses or self.closing or self.busy:
+        if self.used_now:
+            self.used = time.monotonic()
+        if self.loaded() is None or self.pinned or self.used_now or self.closing or self.busy:
             return NEVER
         return self.used + (idle_s if self.keep_alive_s is None else self.keep_alive_s)
 
@@ -74,7 +81,7 @@ class Slot:
         shown = snapshot.loaded.order if snapshot.loaded else snapshot.order
         return Place(
             name=shown.name if shown else "", loaded=snapshot.loaded, state=snapshot.state, front=front,
-            pinned=self.pinned, uses=self.uses, closing=self.closing, idle_s=0.0 if self.uses else now - self.used,
+            pinned=self.pinned, uses=self.uses, closing=self.closing, idle_s=0.0 if self.used_now else now - self.used,
             ends_in_s=None if ends == NEVER else max(0.0, ends - now),
             tokens_per_second=snapshot.tokens_per_second if snapshot.generating else 0.0, answers=snapshot.generating,
         )  # fmt: skip

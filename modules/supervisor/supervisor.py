@@ -62,6 +62,7 @@ class Supervisor:
         self._changed = self._owner.changed
         self._start_timeout_s = start_timeout_s
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
+        self._told: weakref.WeakSet[Told] = weakref.WeakSet()
         self._last_order: LoadOrder | None = None
         self._rate_told = 0.0
         atexit.register(self.close)
@@ -230,7 +231,14 @@ class Supervisor:
     def tell(self, path: str, order: Any) -> Told:
         """What the worker tells of a longer work as it goes on; see :class:`Told`. Raises NothingLoaded."""
         with self._changed:
-            return Told(self._answering(), path, order)
+            told = Told(self._answering(), path, order)
+            self._told.add(told)
+            return told
+
+    @property
+    def working(self) -> bool:
+        """Whether the worker is at something longer than an answer."""
+        return any(told.running for told in list(self._told))
 
     def memory(self) -> Memory | None:
         """What the loaded model's process holds; None where nothing is loaded, or it is too busy to answer."""

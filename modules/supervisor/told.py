@@ -51,6 +51,11 @@ class Told:
                 return
             raise self._child.broken(error) from error
 
+    @property
+    def running(self) -> bool:
+        """Whether the worker is at it."""
+        return self._socket is not None
+
     def stop(self) -> None:
         """Returns at once; may be called again."""
         with self._lock:

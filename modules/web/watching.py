@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modules.api.seeing import SEEN
-from modules.service.traffic import Traffic
+from modules.service.traffic import SEEN, Traffic
 
 _GONE = 499  # the client went before there was an answer
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modules.embeddings import EMBED, EmbedOrder
 from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, NothingLoaded, UserError
 from modules.perplexity import PERPLEXITY, PerplexityOrder
 from modules.protocol import (
@@ -50,6 +51,7 @@ from modules.protocol import (
 )
 from modules.training.messages import PREVIEW, PreviewOrder
 from modules.worker.batching import Line, Ticket
+from modules.worker.embedding import embed
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, prompter
 from modules.worker.perplexity import measure
@@ -159,6 +161,11 @@ class Worker:
         """Queue a measurement of perplexity; what is asked for meanwhile comes between its windows."""
         loaded = self.loaded()
         measure(loaded, order, partial(self._using, loaded), self.engine, tell, stopped)
+
+    def embed(self, order: EmbedOrder, tell: Tell, stopped: threading.Event) -> None:
+        """Queue texts to be embedded; what is asked for meanwhile comes between their batches."""
+        loaded = self.loaded()
+        embed(loaded, order, partial(self._using, loaded), self.engine, tell, stopped)
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has. Does not wait for a generation."""
@@ -295,6 +302,10 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         worker.loaded()
         return telling(partial(worker.measure, await _order(request, PerplexityOrder)))
 
+    async def embeddings(request: Request) -> Response:
+        worker.loaded()
+        return telling(partial(worker.embed, await _order(request, EmbedOrder)))
+
     async def memory(_: Request) -> Response:
         return Response(encode(worker.memory()), media_type="application/json")
 
@@ -307,6 +318,7 @@ def make_app(worker: Worker, secret: str) -> ASGIApp:
         Route(ENCODE, _quick(worker.encode, EncodeOrder, "tokens"), methods=["POST"]),
         Route(DECODE, _quick(worker.decode, DecodeOrder, "text"), methods=["POST"]),
         Route(PERPLEXITY, perplexity, methods=["POST"]),
+        Route(EMBED, embeddings, methods=["POST"]),
         Route(MEMORY, memory, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {LoadstoneError: _refuse, Exception: _refuse}

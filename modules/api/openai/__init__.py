@@ -1,10 +1,10 @@
-"""OpenAI's routes: models, chat completions, completions."""
+"""OpenAI's routes: models, chat completions, completions, embeddings."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from modules.api.openai import chat, completions, models
+from modules.api.openai import chat, completions, embeddings, models
 from modules.api.openai.running import Lane
 from modules.service import Service
 
@@ -14,6 +14,6 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1")
     lane = Lane()
     routes.include_router(models.router(service))
-    for group in (chat, completions):
+    for group in (chat, completions, embeddings):
         routes.include_router(group.router(service, lane))
     return routes

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 MOST_MESSAGES = 10_000
 MOST_CHOICES = 16
 MOST_PROMPTS = 32
+MOST_INPUTS = 2048  # to be embedded; as OpenAI
 MOST_FIELDS = 2000  # of one JSON object
 
 FIRST = Field(fail_fast=True)
@@ -170,3 +171,17 @@ class CompletionBody(Sampling):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     suffix: None = None
+
+
+class EmbeddingBody(Body):
+    input: (
+        str
+        | Annotated[list[str], Field(max_length=MOST_INPUTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MOST_INPUTS, fail_fast=True)]
+    )
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+    keep_alive: float | str | None = None

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from modules.api.openai.reaching import disconnected
-from modules.api.seeing import seen_of
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service
+from modules.service.traffic import seen_of
 from modules.supervisor import Use
 
 log = logging.getLogger(__name__)

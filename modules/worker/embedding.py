@@ -1,0 +1,131 @@
+"""Texts as vectors: the mean over the hidden states that the model's last layer gives their tokens.
+
+A causal model was not trained for this: texts that share words and subjects come near each other, but a model that was
+made for embeddings tells far better what two texts have in common.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+from typing import TYPE_CHECKING, Any
+
+from modules.embeddings import Embedded, EmbedOrder, Input
+from modules.errors import OptionError, RequestTooLong, UnsupportedModel
+from modules.protocol import Failed, Progress
+from modules.worker.engine import Engine
+from modules.worker.generation import Loaded, input_device
+from modules.worker.perplexity import Using
+from modules.worker.telling import Tell
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_TOKENS = 4096  # of a batch, padding included; a longer text is a batch of its own
+
+
+def embed(
+    loaded: Loaded, order: EmbedOrder, using: Using, engine: Engine, tell: Tell, stopped: threading.Event
+) -> None:
+    """Embed on the engine's thread, batch by batch, so that what others ask for comes between.
+
+    ``using``: lets a set of LoRAs act. ``tell`` gets Progress …, then one Embedded or Failed, which is not sure to come
+    where ``stopped`` is set.
+    """
+
+    def begin() -> None:
+        guarded(lambda: go_on(Embedding(loaded, order)))
+
+    def go_on(embedding: Embedding) -> None:
+        with using(order.adapters):
+            embedding.batch()
+        tell(Progress("embedding", embedding.done, len(order.inputs), "inputs"))
+        if embedding.done == len(order.inputs):
+            tell(embedding.result())
+        elif not stopped.is_set():
+            engine.submit(guarded, lambda: go_on(embedding))
+
+    def guarded(work: Any) -> None:
+        try:
+            work()
+        except Exception as error:
+            from modules.worker.failures import translate
+
+            tell(Failed(translate(error, loaded.order)))
+
+    engine.submit(begin)
+
+
+class Embedding:
+    """The inputs of one order, in batches of about equal length.
+
+    Raises OptionError for an input without tokens, or with one that the model does not know, RequestTooLong for one
+    beyond the context, UnsupportedModel for a model that is no causal one.
+    """
+
+    def __init__(self, loaded: Loaded, order: EmbedOrder) -> None:
+        if loaded.order.task != "causal":
+            raise UnsupportedModel(
+                f"{loaded.order.name} gives no embeddings: it reads with an encoder and writes with a decoder.",
+                "Ask a causal model.",
+            )
+        self._model = loaded.model
+        self._ids = [_ids(loaded, one, place) for place, one in enumerate(order.inputs)]
+        by_length = sorted(range(len(self._ids)), key=lambda place: len(self._ids[place]))
+        self._batches = _batches(by_length, [len(ids) for ids in self._ids])
+        self._vectors: list[torch.Tensor | None] = [None] * len(self._ids)
+        self.done = 0
+
+    def batch(self) -> None:
+        """Compute the next batch."""
+        import torch
+
+        places = self._batches.pop(0)
+        rows = [self._ids[place] for place in places]
+        longest = max(map(len, rows))
+        device = input_device(self._model)
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        with torch.no_grad():
+            states = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            weights = mask.to(states.device).unsqueeze(-1)
+            means = (states.float() * weights).sum(1) / weights.sum(1)  # batch × hidden size
+            unit = torch.nn.functional.normalize(means, dim=-1).cpu()
+        for place, vector in zip(places, unit, strict=True):
+            self._vectors[place] = vector
+        self.done += len(places)
+
+    def result(self) -> Embedded:
+        """All vectors, in the order of the inputs."""
+        import torch
+
+        whole = torch.stack([vector for vector in self._vectors if vector is not None])
+        data = whole.numpy().astype("<f4").tobytes()
+        return Embedded(base64.b64encode(data).decode(), whole.shape[1], tuple(map(len, self._ids)))
+
+
+def _ids(loaded: Loaded, one: Input, place: int) -> list[int]:
+    """The ids of one input, with the special tokens that the tokenizer gives a text."""
+    ids = list(one.ids) or list(loaded.tokenizer(one.text).input_ids)
+    if not ids:
+        raise OptionError(f"input: number {place + 1} has no tokens.")
+    size = loaded.model.get_input_embeddings().weight.shape[0]
+    unknown = next((token for token in ids if not 0 <= token < size), None)
+    if unknown is not None:
+        raise OptionError(f"input: the model has no token {unknown}; its last is {size - 1}.")
+    if len(ids) > loaded.order.ctx_tokens:
+        raise RequestTooLong(
+            f"Input number {place + 1} has {len(ids):,} tokens; a context of {loaded.order.ctx_tokens:,} takes no more."
+        )
+    return ids
+
+
+def _batches(places: list[int], lengths: list[int]) -> list[list[int]]:
+    """``places``, shortest input first, cut so that no batch has more than :data:`BATCH_TOKENS`, padding included."""
+    batches: list[list[int]] = []
+    for place in places:
+        if batches and (len(batches[-1]) + 1) * lengths[place] <= BATCH_TOKENS:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
