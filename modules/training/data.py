@@ -141,29 +141,28 @@ def _first_big(text: str) -> str:
 
 def _values(file: DataFile, text: str) -> Iterator[tuple[str, int, Any]]:
     """Each example's place, number and JSON value; the value of a line that is no JSON is the ValueError."""
-    if text.lstrip().startswith("["):
-        try:
-            listed = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BrokenData(f"{_name(file)} is no JSON: {error}.") from None
-        for number, value in enumerate(listed, 1):
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    whole = _json(text)
+    if isinstance(whole, ValueError) and text.lstrip()[0] == "[" and isinstance(_json(lines[0][1]), ValueError):
+        raise BrokenData(f"{_name(file)}: {whole}.")
+    if isinstance(whole, list) and not (whole and all(isinstance(one, dict) and "role" in one for one in whole)):
+        for number, value in enumerate(whole, 1):
             yield f"example {number}", number, value
-        return
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        whole = None
-    if isinstance(whole, dict):
+    elif isinstance(whole, dict | list):
         yield "example 1", 1, whole
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", number, json.loads(line)
-            except ValueError as error:
-                yield f"line {number}", number, ValueError(f"no JSON ({error})")
-            except RecursionError:
-                yield f"line {number}", number, ValueError("no JSON (nested too deep)")
+    else:
+        for number, line in lines:
+            yield f"line {number}", number, _json(line)
+
+
+def _json(text: str) -> Any:
+    """Its value, or a ValueError that says what is wrong."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return ValueError(f"no JSON ({error})")
+    except RecursionError:
+        return ValueError("no JSON (nested too deep)")
 
 
 def _example(where: str, number: int, value: Any) -> Example:
@@ -173,7 +172,7 @@ def _example(where: str, number: int, value: Any) -> Example:
     if isinstance(value, list):
         value = {"messages": value}
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, not an object")
+        raise ValueError(f"no object but {type(value).__name__}")
     if (turns := value.get("messages", value.get("conversations"))) is not None:
         return Example(where, number, messages=_messages(turns))
     if "instruction" in value and "output" in value:
@@ -206,7 +205,7 @@ def _words(value: Mapping[str, Any], key: str, default: str | None = None) -> st
     if found is None and default is not None:
         return default
     if not isinstance(found, str):
-        raise ValueError(f"its {key} is a {type(found).__name__}, not a text")
+        raise ValueError(f"its {key} is no text but {type(found).__name__}")
     return found
 
 
@@ -223,7 +222,7 @@ def _messages(turns: Any) -> ChatMessages:
 
 def _message(turn: Any, place: int) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise ValueError(f"message {place} is a {type(turn).__name__}, not an object")
+        raise ValueError(f"message {place} is no object but {type(turn).__name__}")
     role = turn.get("role", turn.get("from"))
     role = _ROLES.get(str(role), role)
     content = turn.get("content", turn.get("value"))
