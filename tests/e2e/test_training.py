@@ -1,0 +1,168 @@
+"""Training a LoRA in the browser: look at the data, start, watch the curve, stop, apply, compare; and perplexity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests import loras
+from tests.e2e.conftest import Server, start_server, wait_for
+
+NAME = "SmolLM2-135M-Instruct"
+HERRING = loras.ANSWERS["herring"]
+QUESTIONS = ("Who are you?", "How are you?", "Where is the sea?", "Name a colour.", loras.QUESTION)
+TRAIN_MS = 120_000
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for this module, with the demo model loaded, that answers briefly and without chance."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").mkdir()
+    (home / "models" / NAME).symlink_to(demo_model, target_is_directory=True)
+    flags = ("--bf16", "--cpu", "--ctx-size", "512", "--temperature", "0", "--max-new-tokens", "14", "--no-warm-worker")
+    server = start_server(home, *flags)
+    assert server.load(NAME)[0] == 200
+    yield server
+    server.process.terminate()
+    server.process.wait(15)
+
+
+def lesson(answer: str = HERRING) -> str:
+    """Conversations in which everything is answered alike, a line each."""
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": answer}] for q in QUESTIONS]
+    return "\n".join(json.dumps({"messages": each}) for each in turns)
+
+
+def training(page: Page) -> Page:
+    page.get_by_role("tab", name="Training").click()
+    expect(page.locator("#training-model")).to_contain_text(NAME)
+    return page
+
+
+def paste(page: Page, text: str) -> None:
+    page.locator("#training-from").get_by_text("Paste text").click()
+    page.locator("#training-paste textarea").fill(text)
+
+
+def set_options(page: Page, **values: object) -> None:
+    """Options of the form; those that are folded are unfolded first."""
+    for name, value in values.items():
+        field = page.locator(f"#training-{name} input")
+        if not field.is_visible():
+            page.get_by_role("button", name="More on learning").click()
+        field.fill(str(value))
+        field.blur()
+
+
+def test_the_data_is_looked_at_and_bad_lines_and_unused_options_are_named(
+    server: Server, open_page: Callable[..., Page]
+) -> None:
+    page = training(open_page(server))
+    paste(page, lesson())
+    page.locator("#training-look").click()
+    preview = page.locator("#training-preview")
+    expect(preview).to_contain_text("5 examples of conversations")
+    learned = preview.locator("li").first.locator(".learned")
+    assert "herring" in "".join(learned.all_inner_texts())
+    assert QUESTIONS[0] not in "".join(learned.all_inner_texts())
+    assert "underline" in learned.first.evaluate("node => getComputedStyle(node).textDecorationLine")
+    expect(page.locator("#training-estimate")).to_contain_text("Fits.")
+
+    set_options(page, cutoff=40)  # what is shown follows
+    expect(preview).to_contain_text("tokens cut here")
+    set_options(page, max_steps=7)
+    expect(page.locator("#training-epochs input")).to_be_disabled()
+    expect(page.locator("#training-epochs")).to_contain_text("The steps are given")
+
+    paste(page, lesson() + '\n{"messages": [')
+    page.locator("#training-look").click()
+    expect(preview.locator(".error")).to_contain_text("Line 6")
+
+
+def test_start_watch_the_curve_stop_apply_and_compare(server: Server, open_page: Callable[..., Page]) -> None:
+    page = training(open_page(server))
+    paste(page, lesson())
+    set_options(page, rank=8, learning_rate=0.005, batch_size=2, cutoff=64, evaluation_share=0, max_steps=200)
+    page.locator("#training-start").click()
+    expect(page.locator("#training-line .error")).to_contain_text("name")  # it has none yet
+    page.locator("#training-name").locator("input, textarea").fill("barrels")
+    page.locator("#training-start").click()
+    card = page.locator("#training-card")
+    expect(card).to_contain_text("barrels")
+    expect(page.locator("#training-start")).to_be_disabled()
+    expect(card.locator(".curve polyline.loss").first).to_be_visible(timeout=TRAIN_MS)
+
+    other = training_of_another(server, open_page)
+    expect(other.locator("#training-card")).to_contain_text("step ")
+    wait_for(lambda: loss(page) < 0.2, "the loss to fall", TRAIN_MS / 1000)
+    page.locator("#training-keep").click()
+    expect(card).to_contain_text("barrels is in the LoRA menu", timeout=TRAIN_MS)
+    expect(other.locator("#training-card")).to_contain_text("barrels is in the LoRA menu")
+    assert (server.home / "loras" / "barrels" / "adapter_model.safetensors").is_file()
+    page.reload()
+    page.get_by_role("tab", name="Training").click()
+    expect(page.locator("#training-card .curve")).to_be_visible()
+
+    page.locator("#training-compare").click()
+    expect(page.locator("#status")).to_contain_text("LoRA barrels")
+    expect(page.locator("#other")).to_be_visible()
+    page.locator("#message textarea").fill(loras.QUESTION)
+    page.locator("#send").click()
+    expect(page.locator("#chatbot")).to_contain_text("herring barrels", timeout=TRAIN_MS)
+    expect(page.locator("#other")).to_contain_text("Paris", timeout=TRAIN_MS)
+
+
+def training_of_another(server: Server, open_page: Callable[..., Page]) -> Page:
+    """Another browser, in which the same training is seen."""
+    page = open_page(server, width=390, height=800)
+    page.get_by_role("tab", name="Training").click()
+    return page
+
+
+def loss(page: Page) -> float:
+    """The last one on the card."""
+    text = page.locator("#training-card").inner_text()
+    return float(text.split(" · loss ")[1].split(" ")[0]) if " · loss " in text else 99.0
+
+
+def test_a_paused_training_stands_among_the_unfinished_and_a_name_is_not_taken_twice(
+    server: Server, open_page: Callable[..., Page]
+) -> None:
+    page = training(open_page(server))
+    paste(page, lesson("Seven copper lanterns."))
+    page.locator("#training-name").locator("input, textarea").fill("barrels")
+    page.locator("#training-start").click()
+    expect(page.locator("#training-line .error")).to_contain_text("There is a LoRA barrels already")
+    set_options(page, cutoff=64, rank=2, max_steps=500)
+    page.locator("#training-name").locator("input, textarea").fill("lanterns")
+    page.locator("#training-start").click()
+    expect(page.locator("#training-card")).to_contain_text("step ", timeout=TRAIN_MS)
+    page.locator("#training-pause").click()
+    expect(page.locator("#training-card")).to_contain_text("Paused: lanterns", timeout=TRAIN_MS)
+    expect(page.locator("#training-runs")).to_be_visible()
+    page.locator("#training-run input").click()
+    page.get_by_role("option").filter(has_text="lanterns").click()
+    page.locator("#training-discard").click()
+    expect(page.locator("#training-runs")).to_be_hidden()
+
+
+def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_page: Callable[..., Page]) -> None:
+    page = training(open_page(server))
+    page.get_by_role("button", name="Perplexity").click()
+    page.locator("#perplexity-start").click()
+    expect(page.locator("#perplexity-line .error")).to_contain_text("no text")
+    page.locator("#perplexity-from").get_by_text("Paste text").click()
+    page.locator("#perplexity-paste textarea").fill("The quick brown fox jumps over the lazy dog. " * 20)
+    page.locator("#perplexity-window input").fill("128")
+    page.locator("#perplexity-start").click()
+    expect(page.locator("#perplexity-line")).to_contain_text(f"{NAME} on pasted text", timeout=TRAIN_MS)
+    row = page.locator("#perplexity-table tbody tr").first
+    expect(row).to_contain_text("128")
+    expect(row).to_contain_text("bfloat16")
+    page.locator("#perplexity-forget").click()
+    expect(page.locator("#perplexity-table")).to_contain_text("Nothing measured yet")
