@@ -10,8 +10,9 @@ from typing import TypeAlias
 import torch
 
 from modules.protocol import AdapterChoice, Done, Failed
+from modules.worker.batching.choosing import Chooser
 from modules.worker.batching.line import Line, Ticket
-from modules.worker.batching.row import Chooser, Row, Set
+from modules.worker.batching.row import Row, Set
 from modules.worker.batching.slabs import Slabs
 from modules.worker.batching.steps import Steps
 from modules.worker.batching.suitable import agrees, obstacle
@@ -24,7 +25,7 @@ READ_TOKENS = 512  # of prompts between two steps, so that those who decode do n
 ALONE_READ_TOKENS = 2048  # at once where nobody else decodes; a stop is obeyed in between
 STEPS = 32  # in one turn
 SHARED_STEPS = 8  # where another set of LoRAs waits for its turn: switching takes some milliseconds
-_SPARE_TOKENS = 32  # that must be left for a newcomer's answer
+_SPARE_SHARE = 16  # a newcomer must leave this part of the room free: answers grow, and stepping back costs reading
 
 
 class Scheduler:
@@ -52,6 +53,11 @@ class Scheduler:
         self._tried = False
         self._steps = Steps(loaded.model)
         self._slabs = Slabs(max(order.ctx_tokens, order.options.batch_tokens), order.ctx_tokens)
+
+    @property
+    def slots(self) -> int:
+        """For how many tokens memory is held by answers that decode together."""
+        return self._slabs.slots
 
     def turn(self, before: Callable[[], int]) -> bool:
         """Do a little for those numbered below ``before()``; False where none of them is left."""
@@ -120,7 +126,7 @@ class Scheduler:
             return row
         if len(self._rows) >= self._most or not self._may_join():
             return None
-        wanted = self._slabs.need(len(row.ids) + _SPARE_TOKENS)
+        wanted = self._slabs.need(len(row.ids)) + self._slabs.tokens // _SPARE_SHARE
         return row if self._demand() + wanted <= self._slabs.tokens else None
 
     def _prepare(self, before: int) -> Row | None:
@@ -202,21 +208,29 @@ class Scheduler:
 
     def _make_room(self, adapters: Set) -> None:
         """Where answers have outgrown the room for all, the youngest step back; where slabs are full, rows move."""
-        while len(self._rows) > 1 and self._demand() > self._slabs.tokens:
+        while len(self._rows) > 1 and self._demand() + self._moving(adapters) > self._slabs.tokens:
             youngest = self._rows.pop()
             self._slabs.remove(youngest)
             youngest.forget()
             self._paused.insert(0, youngest)
         if len(self._rows) == 1 and self._rows[0].slab is not None:
             self._steps.set_apart(self._rows[0], self._slabs)
-        for slab in self._slabs.with_adapters(adapters):
-            for row in [row for row in slab.rows if row.read >= slab.capacity]:
-                self._slabs.grow(row)
+        for row in self._outgrown(adapters):
+            self._slabs.grow(row)
         decoding = [row for row in self._rows if not row.reading]
         if len(decoding) > 1:
             for row in decoding:
                 if row.slab is None:
                     self._slabs.add(row)
+
+    def _outgrown(self, adapters: Set) -> list[Row]:
+        """Those of this set whose slab has no room for the token that comes."""
+        rows = [row for row in self._rows if row.adapters == adapters]
+        return [row for row in rows if row.slab is not None and row.read >= row.slab.capacity]
+
+    def _moving(self, adapters: Set) -> int:
+        """The slots that are held twice while one row moves to a larger slab."""
+        return max((row.slab.capacity for row in self._outgrown(adapters) if row.slab is not None), default=0)
 
     # --- the model's work ---
 

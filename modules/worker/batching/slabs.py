@@ -7,7 +7,7 @@ again as the one before: so much is lost to a single long answer among short one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +15,8 @@ import torch
 from modules.worker.batching.row import Sequence, Set
 
 _LEAST = 64
-Layers: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # of one sequence: kv heads × tokens × head size
+Layer: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # keys and values of one sequence: kv heads × tokens × head size
+Layers: TypeAlias = list[Layer]
 
 
 def capacity_for(tokens: int, most: int) -> int:
@@ -32,40 +33,35 @@ class Slab:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.rows: list[Sequence] = []
+        self.places = 0  # for how many rows there is memory
         self.keys: list[torch.Tensor] = []  # by layer: places × kv heads × capacity × head size
         self.values: list[torch.Tensor] = []
 
     @property
-    def places(self) -> int:
-        """How many rows there is memory for."""
-        return self.keys[0].shape[0] if self.keys else 0
-
-    @property
     def slots(self) -> int:
-        """How many tokens there is memory for."""
+        """For how many tokens there is memory."""
         return self.places * self.capacity
 
-    def resize(self, places: int, like: Layers) -> None:
-        """Make room for so many rows; one layer at a time exists twice meanwhile."""
-        if not self.keys:
-            self.keys = [_empty(places, self.capacity, keys) for keys, _ in like]
-            self.values = [_empty(places, self.capacity, values) for _, values in like]
-            return
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                # Zeros and not just any memory: what is masked is multiplied with 0 all the same, and NaN stays NaN.
-                tensors[layer] = old.new_zeros(places, *old.shape[1:])
-                kept = min(places, len(self.rows))
-                tensors[layer][:kept] = old[:kept]
-
-    def put(self, row: Sequence, layers: Layers) -> None:
-        """Add a row at the end, where there is a place for it."""
-        place = len(self.rows)
-        for layer, (keys, values) in enumerate(layers):
-            self.keys[layer][place, :, : keys.shape[1]] = keys
-            self.values[layer][place, :, : values.shape[1]] = values
+    def put(self, row: Sequence, layers: Iterator[Layer], places: int) -> None:
+        """Add a row at the end, and make it ``places`` where there are fewer: layer by layer, so that one layer at a
+        time exists twice."""
+        for index, (keys, values) in enumerate(layers):
+            if index == len(self.keys):
+                self.keys.append(keys.new_zeros(0, keys.shape[0], self.capacity, keys.shape[2]))
+                self.values.append(values.new_zeros(0, values.shape[0], self.capacity, values.shape[2]))
+            for tensors, new in ((self.keys, keys), (self.values, values)):
+                tensors[index] = _resized(tensors[index], places, len(self.rows))
+                tensors[index][len(self.rows), :, : new.shape[1]] = new
+        self.places = places
         self.rows.append(row)
         row.slab = self
+
+    def tighten(self) -> None:
+        """Give back the memory that no row uses."""
+        for tensors in (self.keys, self.values):
+            for index, tensor in enumerate(tensors):
+                tensors[index] = _resized(tensor, len(self.rows), len(self.rows))
+        self.places = len(self.rows)
 
     def of(self, row: Sequence) -> Layers:
         """What one row holds, as views."""
@@ -84,9 +80,14 @@ class Slab:
         row.slab = None
 
 
-def _empty(places: int, capacity: int, like: torch.Tensor) -> torch.Tensor:
-    heads, _, size = like.shape
-    return like.new_zeros(places, heads, capacity, size)
+def _resized(old: torch.Tensor, places: int, rows: int) -> torch.Tensor:
+    """A tensor of so many places that holds the first ``rows`` of ``old``."""
+    if old.shape[0] == places:
+        return old
+    # Zeros and not just any memory: what is masked is multiplied by 0 all the same, and NaN stays NaN.
+    new = old.new_zeros(places, *old.shape[1:])
+    new[:rows] = old[:rows]
+    return new
 
 
 class Slabs:
@@ -96,6 +97,11 @@ class Slabs:
         self.tokens = tokens
         self._longest = longest
         self._slabs: dict[tuple[Set, int], Slab] = {}
+
+    @property
+    def slots(self) -> int:
+        """How many tokens there is memory for now."""
+        return sum(slab.slots for slab in self._slabs.values())
 
     def need(self, tokens: int) -> int:
         """How many slots a sequence of so many tokens takes."""
@@ -107,17 +113,15 @@ class Slabs:
 
     def add(self, row: Sequence) -> None:
         """Move a sequence from a cache of its own to the others."""
-        layers = [(layer.keys[0], layer.values[0]) for layer in row.cache.layers]
-        self._place(row, layers)
+        self._place(row, _given_up(row.cache))
         row.cache = None
 
     def grow(self, row: Sequence) -> None:
         """Move a sequence whose slab is full to one where there is room for a token more."""
         old = row.slab
         assert old is not None
-        layers = old.of(row)
-        self._place(row, layers)
-        new, row.slab = row.slab, None
+        self._place(row, iter(old.of(row)))
+        new = row.slab
         old.drop(row)
         row.slab = new
         self._forget_empty()
@@ -135,27 +139,23 @@ class Slabs:
         self.remove(row)
         return layers
 
-    def _place(self, row: Sequence, layers: Layers) -> None:
-        slab = self._slabs.setdefault((row.adapters, self.need(len(row.ids))), Slab(self.need(len(row.ids))))
-        if len(slab.rows) == slab.places:
-            self._extend(slab, layers)
-        slab.put(row, layers)
+    def _place(self, row: Sequence, layers: Iterator[Layer]) -> None:
+        capacity = self.need(len(row.ids))
+        slab = self._slabs.setdefault((row.adapters, capacity), Slab(capacity))
+        slab.put(row, layers, self._places_for_one_more(slab))
 
-    def _extend(self, slab: Slab, like: Layers) -> None:
-        """Make room for one row more; for half as many again where the bound allows it, since copying takes time."""
+    def _places_for_one_more(self, slab: Slab) -> int:
+        """For half as many again where the bound allows it, since copying takes time."""
         rows = len(slab.rows)
+        if rows < slab.places:
+            return slab.places
         for places in (rows + 1 + rows // 2, rows + 1):
-            if self._slots(self._slabs.values()) + (places - slab.places) * slab.capacity <= self.tokens:
-                break
-        else:
-            for other in self._slabs.values():
-                if other is not slab and other.places > len(other.rows):
-                    other.resize(len(other.rows), like)
-        slab.resize(places, like)
-
-    @staticmethod
-    def _slots(slabs: Iterable[Slab]) -> int:
-        return sum(slab.slots for slab in slabs)
+            if self.slots + (places - slab.places) * slab.capacity <= self.tokens:
+                return places
+        for other in self._slabs.values():
+            if other is not slab and other.places > len(other.rows):
+                other.tighten()
+        return rows + 1
 
     def _forget_empty(self) -> None:
         self._slabs = {key: slab for key, slab in self._slabs.items() if slab.rows}
@@ -166,6 +166,14 @@ class Slabs:
             for row in slab.rows:
                 row.slab = None
         self._slabs = {}
+
+
+def _given_up(cache: Any) -> Iterator[Layer]:
+    """The layers of a cache with one sequence, each of which the cache no longer holds."""
+    for layer in cache.layers:
+        keys, values = layer.keys[0], layer.values[0]
+        layer.keys = layer.values = None
+        yield keys, values
 
 
 def own_cache(empty: Any, layers: Layers) -> Any:

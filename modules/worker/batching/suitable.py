@@ -25,8 +25,6 @@ def obstacle(model: Any, order: LoadOrder) -> str:
     config = model.config.get_text_config(decoder=True)
     if order.task != "causal" or model.config.is_encoder_decoder:
         return "it has an encoder"
-    if order.options.max_batch <= 1:
-        return "it was loaded with --max-batch 1"
     if not model._supports_attention_backend or model.config._attn_implementation != "sdpa":
         return f"its attention is {model.config._attn_implementation}"
     own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
