@@ -36,13 +36,14 @@ _FORMATS = {"text": "plain text", "chat": "conversations", "pairs": "prompts wit
 def preview_card(preview: Preview) -> str:
     """Counts, then the first examples; what carries loss is underlined and shaded, what was cut is marked."""
     counts = small(_counts(preview))
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in (*preview.notes, *_warnings(preview)))
     legend = (
         '<div class="small legend"><span class="token learned">underlined</span> is learned · '
         '<span class="token">plain</span> is only read · <span class="cut-off">✂</span> marks what is cut</div>'
     )
     examples = "".join(_example(place, example) for place, example in enumerate(preview.examples, 1))
-    return f'<div class="card preview">{counts}{notes}{legend}<ol class="examples">{examples}</ol></div>'
+    return (
+        f'<div class="card preview">{counts}{_notes(preview.notes)}{legend}<ol class="examples">{examples}</ol></div>'
+    )
 
 
 def _counts(preview: Preview) -> str:
@@ -59,15 +60,6 @@ def _counts(preview: Preview) -> str:
         f"{preview.steps:,} steps" if preview.steps else "",
     ]
     return " · ".join(part for part in parts if part)
-
-
-def _warnings(preview: Preview) -> list[str]:
-    warnings = []
-    if preview.cut:
-        warnings.append(f"{preview.cut:,} examples are longer than the cut-off, and are cut there.")
-    if preview.left_out:
-        warnings.append(f"{preview.left_out:,} examples are left out: of their answers nothing is left.")
-    return warnings
 
 
 def _example(place: int, example: PreviewExample) -> str:
