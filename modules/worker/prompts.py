@@ -55,9 +55,11 @@ class Prompter:
         """The prompt that leaves room for an answer: the oldest messages, or a raw prompt's left end, are left out.
 
         The system message and everything from the last user message on stay. Raises RequestTooLong where they
-        do not fit, UserError where the model's template refuses the messages, and BrokenTemplate where it runs on.
+        do not fit, OptionError for ids that are no tokens, UserError where the model's template refuses the messages,
+        and BrokenTemplate where it runs on.
         """
         if not order.messages:
+            self._must_be_known(order.prompt_ids)
             ids = list(order.prompt_ids) or self._raw(order.prompt)
             if order.whole:
                 self._must_fit(ids, "prompt")
@@ -83,11 +85,15 @@ class Prompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included. Raises OptionError for an id that the tokenizer does not know."""
+        self._must_be_known(ids)
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def _must_be_known(self, ids: Sequence[int]) -> None:
+        """Raises OptionError for an id beyond the vocabulary, which on a GPU would end the process with the model."""
         size = len(self.tokenizer)
         for token in ids:
             if not 0 <= token < size:
                 raise OptionError(f"The tokenizer has no token {token}; its last is {size - 1}.")
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has, nothing left out."""
