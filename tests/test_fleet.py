@@ -138,3 +138,5 @@ def test_a_request_says_how_long_its_model_stays() -> None:
         assert (place.name, place.ends_in_s) == ("forever", None)
         ships.fleet.need("forever", 0.0).release()
         ships.until_names()
+        ships.load("forever")  # it begins anew
+        assert ships.fleet.places()[0].ends_in_s == pytest.approx(0.3, abs=0.3)

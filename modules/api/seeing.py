@@ -20,4 +20,11 @@ class NoteRoute:
         finally:
             route = scope.get("route")
             if isinstance(route, APIRoute) and getattr(route.endpoint, "__module__", "").startswith("modules.api"):
-                seen_of(scope).route = route.path
+                seen_of(scope).route = declared(route, scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def declared(route: APIRoute, path: str) -> str:
+    """The route's path as it is declared: ``/v1/models/{name:path}``. Of a router in a router it knows its own part."""
+    begins = (place for place, sign in enumerate(path) if sign == "/")
+    front = next((path[:begin] for begin in begins if route.path_regex.match(path[begin:])), "")
+    return front + route.path

@@ -195,7 +195,7 @@ class Fleet:
             slot = self._front if not name else self._find(name)
         if slot is None:
             raise ModelNotFound(f"The model {name!r} is not loaded.")
-        slot.supervisor.unload()
+        slot.unload()
         self._tidy()
 
     def pin(self, name: str, pinned: bool) -> None:
@@ -260,7 +260,7 @@ class Fleet:
     def end(self, slots: Sequence[Slot]) -> None:
         """Unload these; returns when they are gone. Raises WorkerTimeout."""
         for slot in slots:
-            slot.supervisor.unload()
+            slot.unload()
 
     def open_again(self, slots: Sequence[Slot]) -> None:
         """They may be used, where they still answer."""
@@ -299,7 +299,7 @@ class Fleet:
                 name = slot.name
             try:
                 log.info("%s is unloaded: nobody uses it", name)
-                slot.supervisor.unload()
+                slot.unload()
             except WorkerTimeout as error:
                 log.error("%s", error)
             finally:

@@ -42,14 +42,20 @@ class Slot:
     _known: Loaded | None = None
 
     def loaded(self) -> Loaded | None:
-        """The model that answers here. Another one than the last time begins unpinned and freshly used."""
+        """The model that answers here. One that is new begins freshly used, and unpinned unless it came again."""
         loaded = self.supervisor.snapshot().loaded
         if loaded is not None and (self._known is None or loaded.since != self._known.since):
+            self.keep_alive_s = None
             if self._known is None or loaded.order.name != self._known.order.name:
-                self.pinned, self.keep_alive_s = False, None
+                self.pinned = False
             self._known = loaded
             self.used = max(self.used, time.monotonic() - max(0.0, time.time() - loaded.since))
         return loaded
+
+    def unload(self) -> None:
+        """End it, its load and its pin; called without the lock. Raises WorkerTimeout."""
+        self.supervisor.unload()
+        self._known = None
 
     @property
     def name(self) -> str:
