@@ -132,8 +132,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's, in malloc.h
 def memory_given_back() -> Iterator[None]:
     """Inside, freed tensors of 1 MiB and more go back to the system at once; on Linux with glibc.
 
-    By itself glibc soon keeps what is freed up to 32 MiB a piece. Quantizing frees as much as the model holds: it
-    then took up to twice the memory, and a different amount each time. Afterwards things are as they would have
+    By itself glibc soon keeps what is freed up to 32 MiB a piece. Quantizing frees as much as the model holds, and
+    reading a long prompt several times as much: it then took up to twice the memory, and a different amount each
+    time. Afterwards things are as they would have
     become by themselves: an answer allocates the same sizes for every token, and giving them back costs a tenth of
     its speed.
     """

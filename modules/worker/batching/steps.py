@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from modules.worker.batching import attention
 from modules.worker.batching.row import Sequence
 from modules.worker.batching.slabs import Slab, Slabs, own_cache
 from modules.worker.generation import input_device
+from modules.worker.process import memory_given_back
+
+# Tokens at a time, from which on what a step frees goes back to the system: holes between tensors of that size would
+# take half as much again as the step itself, and a different amount each time.
+_LONG = 256
 
 
 class Steps:
@@ -30,9 +36,10 @@ class Steps:
         ids = torch.tensor([row.ids[row.read : end]], device=self.device)
         positions = torch.arange(row.read, end, device=self.device)[None]
         seen = torch.ones(1, end, dtype=torch.long, device=self.device)
-        scores = self._forward(
-            input_ids=ids, position_ids=positions, attention_mask=seen, past_key_values=row.cache, **self._last_only
-        )
+        with memory_given_back() if end - row.read > _LONG else nullcontext():
+            scores = self._forward(
+                input_ids=ids, position_ids=positions, attention_mask=seen, past_key_values=row.cache, **self._last_only
+            )
         row.read = end
         return scores if end == len(row.ids) else None
 
