@@ -31,6 +31,7 @@ def main() -> NoReturn:
     if hello.imports:
         engine.submit(worker.warm_up)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so for sockets of its own alone
     threading.Thread(target=_serve, args=(make_app(worker, hello.secret), listener), daemon=True).start()
     emit(Listening(os.getpid(), listener.getsockname()[1]))
     engine.run()
