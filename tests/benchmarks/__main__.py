@@ -8,7 +8,7 @@ import sys
 
 from tests.benchmarks.common import Row
 
-NAMES = ("start", "listing", "plan", "memory", "load", "repeat", "stream", "download", "loras", "alpha")
+NAMES = ("start", "listing", "plan", "memory", "load", "repeat", "stream", "download", "loras", "alpha", "training")
 
 
 def main() -> int:
