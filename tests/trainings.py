@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.options import TrainingOptions
+from modules.training.data import Examples, read
 from modules.training.messages import DataFile, TrainOrder
 from tests import checkpoints
 
@@ -57,6 +58,11 @@ def order(model: Path, data: Path, work: Path, load: dict[str, Any] | None = Non
         "lesson", loading, DataFile(str(data), "auto", data.name), values, str(work / "loras" / "lesson"),
         str(work / "run"),
     )  # fmt: skip
+
+
+def examples(order: TrainOrder) -> Examples:
+    """What the order's data holds."""
+    return read(order.data)
 
 
 def elsewhere(order: TrainOrder, work: Path) -> TrainOrder:

@@ -14,8 +14,8 @@ from modules.errors import BrokenData
 from modules.options import TrainingOptions
 from modules.training.data import Example, Examples, read
 from modules.training.messages import DataFile, PreviewOrder
-from modules.worker.training.dataset import Encoded, collator, make_lesson, split, steps_for
-from modules.worker.training.encoding import Encoder, encode_all, token_texts
+from modules.worker.training.dataset import collator, make_lesson, split, steps_for
+from modules.worker.training.encoding import Encoded, Encoder, encode_all, token_texts
 from modules.worker.training.preview import preview
 from tests import checkpoints, trainings
 
@@ -28,8 +28,8 @@ TURNS = (
 )
 # Marks its answers itself; writes an end that its author wants learned, and a header that is not.
 MARKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
-    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Writes earlier answers in another way than the last one, as templates do that leave old reasoning out.
