@@ -300,6 +300,7 @@ class Done:
     seconds: float  # from the first token to the last
     dropped_messages: int = 0  # left out of the front so that the prompt fits the context
     tool_calls: tuple[dict[str, str], ...] = ()  # {"name": …, "arguments": JSON}, in order
+    held_tokens: int = 0  # the most that there was memory for at a time since the load, of all answers together
 
 
 Event: TypeAlias = Listening | Warm | Progress | Ready | Failed

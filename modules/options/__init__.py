@@ -12,6 +12,7 @@ from modules.options.loader import (
     changed,
     check,
     context_tokens,
+    kept_tokens,
     stretched_context,
 )
 from modules.options.server import COMMAND_OPTIONS, SERVER_OPTIONS, CommandOptions, ServerOptions
@@ -53,6 +54,7 @@ __all__ = [
     "check",
     "context_tokens",
     "find",
+    "kept_tokens",
     "parse_values",
     "split_adapter",
     "stretched_context",

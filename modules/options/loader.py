@@ -301,3 +301,8 @@ def context_tokens(options: LoadOptions, model_limit: int) -> int:
         return options.ctx_size
     usual = min(model_limit or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
     return stretched_context(options, usual)
+
+
+def kept_tokens(options: LoadOptions, ctx_tokens: int) -> int:
+    """For how many tokens a load with this context keeps keys and values: for one answer, or many together."""
+    return max(ctx_tokens, options.batch_tokens)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from modules.library import config as reading
+from modules.options import LoadOptions
 from modules.planner.buffers import head_dimension
 from modules.planner.formats import Precision
 from modules.planner.layout import Layout
@@ -143,9 +144,10 @@ def cache_growth_bytes(cache: KvCache, ctx_tokens: int) -> int:
 
 
 def working_bytes(
-    layout: Layout, precision: Precision, calibration: Calibration, ctx_tokens: int, attention: str = "auto"
+    layout: Layout, precision: Precision, calibration: Calibration, ctx_tokens: int, options: LoadOptions
 ) -> int:
-    """What a device that computes needs while a prompt passes through it, or while its weights arrive."""
+    """What a device that computes needs while a prompt passes through it, while many answers get their next token, or
+    while its weights arrive."""
     text = layout.text
     element = DTYPE_BYTES[precision.dtype]
     hidden = reading.number(text, "hidden_size", "n_embd", "d_model")
@@ -154,11 +156,12 @@ def working_bytes(
     tokens = min(ctx_tokens, calibration.prompt_tokens)
     numbers = tokens * (calibration.hidden_copies * hidden + calibration.inner_copies * (inner or 4 * hidden))
     logits = calibration.logits_copies * reading.number(text, "vocab_size") * 4
-    if attention == "eager":  # the matrix of scores, and its softmax in float32
+    if options.attn_implementation == "eager":  # the matrix of scores, and its softmax in float32
         heads = reading.number(text, "num_attention_heads", "n_head", "num_heads")
         numbers += 3 * heads * tokens * tokens
     unpacked = 2 * layout.largest_linear if precision.quantization else 0  # one layer at a time, in 16 bit
-    return int(max(numbers * element + logits + unpacked, arriving_bytes(layout, precision, calibration)))
+    prompt, step = numbers * element + logits, options.max_batch * logits
+    return int(max(max(prompt, step) + unpacked, arriving_bytes(layout, precision, calibration)))
 
 
 def arriving_bytes(layout: Layout, precision: Precision, calibration: Calibration) -> int:

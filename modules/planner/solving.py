@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from modules.devices import Machine
-from modules.options import LoadOptions
+from modules.options import LoadOptions, kept_tokens
 from modules.planner.adapters import Adapters, with_adapters
 from modules.planner.checkpoint import Checkpoint
 from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, rooms
@@ -114,9 +114,10 @@ def solve(question: Question) -> Answer:
     layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = 0 if options.cpu else len(question.machine.gpus)
     precision = precision_for(checkpoint, options, gpus)
-    working = working_bytes(layout, precision, calibration, question.ctx_tokens, options.attn_implementation)
+    kept = kept_tokens(options, question.ctx_tokens)
+    working = working_bytes(layout, precision, calibration, question.ctx_tokens, options)
     if not gpus:
-        working += cache_growth_bytes(kv_cache(layout, checkpoint.task, precision), question.ctx_tokens)
+        working += cache_growth_bytes(kv_cache(layout, checkpoint.task, precision), kept)
     process = calibration.ram_beside_gpu_bytes if gpus else calibration.ram_fixed_bytes
     if not gpus and (question.quantizes or checkpoint.quantization == "bitsandbytes"):
         process += calibration.bitsandbytes_ram_bytes
@@ -129,13 +130,13 @@ def solve(question: Question) -> Answer:
     )  # fmt: skip
     # bitsandbytes leaves alone what a device map puts beside a GPU.
     offloaded = Precision(precision.dtype) if room.gpus else precision
-    loads = _loads(layout, checkpoint.task, precision, offloaded, question.ctx_tokens)
+    loads = _loads(layout, checkpoint.task, precision, offloaded, kept)
     return Answer(layout, room, precision, offloaded, loads, place(loads, room))
 
 
-def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision, ctx_tokens: int) -> tuple[Load, ...]:
+def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision, tokens: int) -> tuple[Load, ...]:
     cache = kv_cache(layout, task, precision)
-    by_rank = [cache.layer_bytes(rank, ctx_tokens) for rank in range(layout.layers)]
+    by_rank = [cache.layer_bytes(rank, tokens) for rank in range(layout.layers)]
     kvs = (by_rank[layout.layer_ranks[block.layer]] if block.layer >= 0 else 0 for block in layout.blocks)
     weights = _weights(layout, precision, offloaded)
     return tuple(Load(load.held, load.offloaded, kv, load.buffers) for load, kv in zip(weights, kvs, strict=True))

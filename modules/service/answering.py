@@ -142,7 +142,7 @@ class Answering:
 
     def _learn_from(self, supervisor: Supervisor, done: Done) -> None:
         if done.prompt_tokens:
-            used = done.prompt_tokens + done.completion_tokens
+            used = max(done.prompt_tokens + done.completion_tokens, done.held_tokens)
             threading.Thread(target=self._learn, args=(supervisor, used), daemon=True, name="learn").start()
 
     def _learn(self, supervisor: Supervisor, used_tokens: int) -> None:

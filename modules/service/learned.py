@@ -8,7 +8,7 @@ from pathlib import Path
 from modules import copies
 from modules.devices import Machine
 from modules.measurements import Measurements
-from modules.options import LoadOptions
+from modules.options import LoadOptions, kept_tokens
 from modules.planner import DEFAULT, Calibration, Plan
 from modules.planner.learning import Measurement, calibrated, device_of, expected
 from modules.protocol import Expected, Memory
@@ -35,7 +35,7 @@ class Learned:
         return expected(plan, calibration, from_copy=self._from_copy(plan, options))
 
     def note(self, loaded: Loaded, memory: Memory, used_tokens: int, machine: Machine) -> None:
-        """Keep what ``loaded`` took after ``used_tokens`` of its context. Less context than was noted says nothing."""
+        """Keep what ``loaded`` took after ``used_tokens`` of its KV cache. Less than was noted says nothing."""
         order = loaded.order
         for one in order.expected:
             measured = _measured(one, memory)
@@ -43,7 +43,7 @@ class Learned:
             this_load = earlier is not None and earlier.time >= loaded.since
             if measured < _LEAST_BYTES or (this_load and earlier and earlier.used_tokens >= used_tokens):
                 continue
-            planned = one.peak_bytes(used_tokens / max(1, order.ctx_tokens))
+            planned = one.peak_bytes(used_tokens / max(1, kept_tokens(order.options, order.ctx_tokens)))
             self._measurements.add(
                 Measurement(
                     order.name, one.kind, fingerprint(machine), planned - one.correction_bytes, planned, measured,

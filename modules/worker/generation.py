@@ -156,13 +156,13 @@ class Answer:
                 self._reason = "length"
         return self._reason is not None
 
-    def end(self) -> None:
+    def end(self, held_tokens: int = 0) -> None:
         """Hand out what was held back, and say how the answer ended; "cancelled" where it was not over."""
         if self._reason is None:
             self._reason = "cancelled"
         elif not self._stop_text.stopped:
             self._hand_out(self._stop_text.push(self._text.finish()) + self._stop_text.finish())
-        self._emit(self._done())
+        self._emit(self._done(held_tokens))
 
     def fail(self, error: LoadstoneError) -> None:
         """End the answer with an error."""
@@ -181,7 +181,7 @@ class Answer:
             self._emit(Piece(text, self._tokens, reasoning, tuple(self._logprobs)))
             self._logprobs.clear()
 
-    def _done(self) -> Done:
+    def _done(self, held_tokens: int) -> Done:
         """What there is to say after the last piece, which is handed out before it."""
         if self._parts is not None:
             reasoning, text = self._parts.finish()
@@ -196,6 +196,7 @@ class Answer:
             seconds=self._last - self._first,
             dropped_messages=self._prompt.dropped_messages,
             tool_calls=tuple(self._parts.calls) if self._parts is not None else (),
+            held_tokens=held_tokens,
         )
 
 

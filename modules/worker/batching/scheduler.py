@@ -51,6 +51,7 @@ class Scheduler:
             log.info("%s answers one request after another: %s", order.name, self.obstacle)
         self._most = 1 if self.obstacle else order.options.max_batch
         self._tried = False
+        self._held = 0  # the most tokens that there was memory for
         self._steps = Steps(loaded.model)
         self._slabs = Slabs(max(order.ctx_tokens, order.options.batch_tokens), order.ctx_tokens)
 
@@ -175,7 +176,7 @@ class Scheduler:
         for row in self._under_way():
             if row.answer.stopped.is_set():
                 self._remove(row)
-                row.answer.end()
+                row.answer.end(self._held)
 
     def _under_way(self) -> list[Row]:
         return [*self._rows, *self._paused]
@@ -274,6 +275,8 @@ class Scheduler:
 
     def _choose(self, rows: list[Row], scores: torch.Tensor) -> None:
         """Give each row its next token. ``scores``: rows × vocabulary."""
+        own = sum(row.read for row in self._rows if row.slab is None)
+        self._held = max(self._held, self._slabs.slots + own)
         likeliest = scores.argmax(dim=-1).tolist() if any(row.chooser.plain for row in rows) else [0] * len(rows)
         for index, row in enumerate(rows):
             try:
@@ -281,6 +284,6 @@ class Scheduler:
                 row.ids.append(token)
                 if row.answer.take(token):
                     self._remove(row)
-                    row.answer.end()
+                    row.answer.end(self._held)
             except Exception as error:
                 self._fail([row], error)
