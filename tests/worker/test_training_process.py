@@ -1,0 +1,161 @@
+"""The process that trains: killed at any step, it goes on to the very same LoRA; it ends with whoever started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modules.protocol import Failed, decode, encode
+from modules.training import runs
+from modules.training.messages import TrainCommand, Trained, TrainOrder, TrainPaused, TrainStarted, TrainStep
+from tests import checkpoints, trainings
+from tests.conftest import ROOT
+
+COMMAND = ("-m", "modules.worker.train")
+STEPS = 20
+# Everything that has a state: a dropout that draws numbers, epochs that shuffle, a rate that moves, evaluations.
+OPTIONS = {
+    "max_steps": STEPS, "checkpoint_steps": 3, "dropout": 0.2, "accumulation": 2, "batch_size": 2,
+    "evaluation_share": 0.2, "schedule": "cosine", "warmup": 0.2, "learning_rate": 5e-3,
+}  # fmt: skip
+
+
+@contextmanager
+def started(order: TrainOrder, command: tuple[str, ...] = COMMAND) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, given its order; its stdin stays open."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(encode(order))
+    process.stdin.flush()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def run(
+    order: TrainOrder, at_step: int = 0, act: Callable[[subprocess.Popen[bytes]], None] | None = None,
+    command: tuple[str, ...] = COMMAND,
+) -> list[Any]:  # fmt: skip
+    """What the process says to its end; ``act`` is done once step ``at_step`` has been made."""
+    said = []
+    with started(order, command) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(decode(line))
+            if act is not None and isinstance(said[-1], TrainStep) and said[-1].step == at_step:
+                act(process)
+                act = None
+        process.wait(60)
+    return said
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def close_stdin(process: subprocess.Popen[bytes]) -> None:
+    """What happens where the server is killed."""
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def pause(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(encode(TrainCommand("pause")))
+    process.stdin.flush()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainOrder:
+    """A training of the small Llama in float32 that nobody disturbed."""
+    work = tmp_path_factory.mktemp("unbroken")
+    order = trainings.order(checkpoints.llama(), trainings.pairs(work), work, **OPTIONS)
+    assert isinstance(run(order)[-1], Trained)
+    return order
+
+
+def test_a_training_that_is_killed_again_and_again_makes_the_same_lora(unbroken: TrainOrder, tmp_path: Path) -> None:
+    order = trainings.elsewhere(unbroken, tmp_path)
+    first = run(order, 5, kill)
+    assert not isinstance(first[-1], Trained | Failed)
+    assert not Path(order.out).exists()
+    ((last, _),) = runs.checkpoints(Path(order.folder))
+    assert last >= 3  # the signal may come some steps late
+
+    second = run(order, last + 5, close_stdin)
+    begun = next(one for one in second if isinstance(one, TrainStarted))
+    assert (begun.step, begun.total_steps) == (last, STEPS)
+    steps = [one.step for one in second if isinstance(one, TrainStep)]
+    assert steps[: last + 1] == list(range(1, last + 2)), "the curve of the steps before is told again"
+
+    ((last, _),) = runs.checkpoints(Path(order.folder))
+    third = run(order, last + 1, pause)
+    assert isinstance(third[-1], TrainPaused)
+    assert last < third[-1].step < STEPS
+    made = run(order)[-1]
+    assert isinstance(made, Trained)
+    assert made.steps == STEPS
+
+    mine, theirs = trainings.weights(order), trainings.weights(unbroken)
+    assert mine.keys() == theirs.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in mine.values())
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(tensor.abs().max() > 0 for name, tensor in mine.items() if "lora_B" in name)
+
+
+def test_a_half_written_checkpoint_is_none(unbroken: TrainOrder, tmp_path: Path) -> None:
+    order = trainings.elsewhere(unbroken, tmp_path)
+    half = Path(order.folder) / ".writing" / "checkpoint-9"
+    half.mkdir(parents=True)
+    (half / runs.STATE).write_text('{"global_step": 9')
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    said = run(order, 4, kill)
+    begun = next(one for one in said if isinstance(one, TrainStarted))
+    assert begun.step == 0
+    assert not half.exists()
+
+
+def test_two_processes_do_not_train_the_same(unbroken: TrainOrder, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    order = trainings.elsewhere(unbroken, tmp_path)
+    Path(order.folder).mkdir(parents=True)
+    code = "import modules.worker.train as t; t._LOCK_S = 0.2; raise SystemExit(t.main())"
+    with FileLock(Path(order.folder) / runs.LOCK):
+        said = run(order, command=("-c", code))
+    assert isinstance(said[-1], Failed)
+    assert said[-1].error.kind == "busy"
+
+
+def test_nonsense_is_answered_with_usage() -> None:
+    done = subprocess.run([sys.executable, *COMMAND], input=b"{}\n", cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+
+
+def test_what_goes_wrong_is_told_as_an_error(unbroken: TrainOrder, tmp_path: Path) -> None:
+    order = trainings.elsewhere(unbroken, tmp_path)
+    Path(order.out).mkdir(parents=True)
+    (failed,) = [one for one in run(order) if isinstance(one, Failed)]
+    assert failed.error.kind == "name_taken"
