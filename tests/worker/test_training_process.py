@@ -16,14 +16,14 @@ import torch
 
 from modules.protocol import Failed, decode, encode
 from modules.training import runs
-from modules.training.messages import TrainCommand, Trained, TrainOrder, TrainPaused, TrainStarted, TrainStep
+from modules.training.messages import Trained, TrainOrder, TrainStarted, TrainStep
 from tests import checkpoints, trainings
 from tests.conftest import ROOT
 
 COMMAND = ("-m", "modules.worker.train")
 STEPS = 20
 # Everything that has a state: a dropout that draws numbers, epochs that shuffle, a rate that moves, evaluations.
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "max_steps": STEPS, "checkpoint_steps": 3, "dropout": 0.2, "accumulation": 2, "batch_size": 2,
     "evaluation_share": 0.2, "schedule": "cosine", "warmup": 0.2, "learning_rate": 5e-3,
 }  # fmt: skip
@@ -80,12 +80,6 @@ def close_stdin(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
 
 
-def pause(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.write(encode(TrainCommand("pause")))
-    process.stdin.flush()
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainOrder:
     """A training of the small Llama in float32 that nobody disturbed."""
@@ -109,10 +103,6 @@ def test_a_training_that_is_killed_again_and_again_makes_the_same_lora(unbroken:
     steps = [one.step for one in second if isinstance(one, TrainStep)]
     assert steps[: last + 1] == list(range(1, last + 2)), "the curve of the steps before is told again"
 
-    ((last, _),) = runs.checkpoints(Path(order.folder))
-    third = run(order, last + 1, pause)
-    assert isinstance(third[-1], TrainPaused)
-    assert last < third[-1].step < STEPS
     made = run(order)[-1]
     assert isinstance(made, Trained)
     assert made.steps == STEPS
@@ -152,10 +142,3 @@ def test_nonsense_is_answered_with_usage() -> None:
     done = subprocess.run([sys.executable, *COMMAND], input=b"{}\n", cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 2
     assert b"Traceback" not in done.stderr
-
-
-def test_what_goes_wrong_is_told_as_an_error(unbroken: TrainOrder, tmp_path: Path) -> None:
-    order = trainings.elsewhere(unbroken, tmp_path)
-    Path(order.out).mkdir(parents=True)
-    (failed,) = [one for one in run(order) if isinstance(one, Failed)]
-    assert failed.error.kind == "name_taken"
