@@ -74,7 +74,7 @@ class Service(Answering):
             library, lambda: self.fleet.front, measure, lambda: [lora.name for lora in self.loras.all()],
             loras_dir=cache_dir.parent.parent / "loras", cache_dir=cache_dir,
         )  # fmt: skip
-        self.perplexity = Perplexities(lambda: self.supervisor, cache_dir)
+        self.perplexity = Perplexities(self.fleet.need, cache_dir)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
         self._quantized_cache = quantized_cache
