@@ -53,8 +53,8 @@ def test_a_result_says_what_was_measured_and_is_kept(service: Service, tmp_path:
     assert (row.alpha, row.loras) == (2.5, ("odd:0.5",))
     assert row.options == {"alpha_value": 2.5, "cpu": True}
     assert 1 < row.perplexity < math.inf
-    assert Perplexities(lambda: service.supervisor, tmp_path).results() == []
-    again = Perplexities(lambda: service.supervisor, service.library.roots[0] / ".cache")
+    assert Perplexities(service.fleet.need, tmp_path).results() == []
+    again = Perplexities(service.fleet.need, service.library.roots[0] / ".cache")
     assert again.results() == job.results()
 
 
@@ -65,7 +65,9 @@ def test_one_at_a_time_and_a_cancelled_one_leaves_no_row(service: Service) -> No
     with pytest.raises(Busy):
         job.start(TEXT, "wrap")
     until_it_works(job)
+    assert service.fleet.endable(by_hand=False) == ()  # in use: no other model takes its place
     job.cancel()
+    assert len(service.fleet.endable(by_hand=False)) == 1
     state = job.state()
     assert not state.running
     assert isinstance(state.error, Cancelled)

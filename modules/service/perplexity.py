@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modules.errors import Busy, Cancelled, LoadstoneError, NothingLoaded, UserError, WorkerCrashed
+from modules.errors import Busy, Cancelled, LoadstoneError, UserError, WorkerCrashed
 from modules.options import changed
 from modules.perplexity import PERPLEXITY, Perplexity, PerplexityOrder
 from modules.protocol import Progress
 from modules.service.loras import entries_of
-from modules.supervisor import Loaded, Supervisor
+from modules.supervisor import Loaded, Use
 from modules.supervisor.told import Told
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,12 @@ class PerplexityState:
 class Perplexities:
     """The one owner of the measurement that runs, and of the table. May be used from any thread.
 
-    ``supervisor``: of the model that would be measured now. ``cache_dir``: where the table is kept.
+    ``need``: a hold on the model that would be measured now, see :meth:`Fleet.need`. ``cache_dir``: where the table
+    is kept.
     """
 
-    def __init__(self, supervisor: Callable[[], Supervisor], cache_dir: Path) -> None:
-        self._supervisor = supervisor
+    def __init__(self, need: Callable[[], Use], cache_dir: Path) -> None:
+        self._need = need
         self._table = _Table(cache_dir / FILE)
         self._changed = threading.Condition()
         self._state = PerplexityState()
@@ -112,21 +113,25 @@ class Perplexities:
         """
         if not text.strip():
             raise UserError("There is no text to measure on.", "Choose a file, or paste a text.")
-        supervisor = self._supervisor()
-        loaded = supervisor.snapshot().loaded
-        if loaded is None:
-            raise NothingLoaded("No model is loaded that could be measured.")
-        order = PerplexityOrder(text, window, stride, most, loaded.order.adapters)
+        use = self._need()
+        try:
+            told = self._begin(use, PerplexityOrder(text, window, stride, most, use.loaded.order.adapters), name)
+        except BaseException:
+            use.release()
+            raise
+        threading.Thread(target=self._run, args=(told, use, name), daemon=True, name="perplexity").start()
+
+    def _begin(self, use: Use, order: PerplexityOrder, name: str) -> Told:
         with self._changed:
             if self._state.running:
                 raise Busy("Another text is being measured.", "Wait for it to finish, or cancel it.")
-            told = self._told = supervisor.tell(PERPLEXITY, order)
+            told = self._told = use.supervisor.tell(PERPLEXITY, order)
             self._cancelled = False
             self._state = PerplexityState(
-                self._state.version + 1, True, loaded.order.name, name, Progress("starting"), time.monotonic()
+                self._state.version + 1, True, use.name, name, Progress("starting"), time.monotonic()
             )
             self._changed.notify_all()
-        threading.Thread(target=self._run, args=(told, loaded, name), daemon=True, name="perplexity").start()
+            return told
 
     def cancel(self) -> None:
         """End the measurement that runs; returns when it has. Without one: nothing."""
@@ -137,7 +142,7 @@ class Perplexities:
             self._told.stop()
         self.wait_over()
 
-    def _run(self, told: Told, loaded: Loaded, name: str) -> None:
+    def _run(self, told: Told, use: Use, name: str) -> None:
         result: Measured | None = None
         error: LoadstoneError | None = None
         try:
@@ -146,16 +151,18 @@ class Perplexities:
                     with self._changed:
                         self._change(replace(self._state, progress=message))
                 elif isinstance(message, Perplexity):
-                    result = _measured(message, loaded, name)
+                    result = _measured(message, use.loaded, name)
         except LoadstoneError as problem:
             error = problem
         except Exception as problem:
             error = WorkerCrashed(f"Measuring failed: {type(problem).__name__}: {problem}")
+        finally:
+            use.release()
         if result is not None:
             self._table.add(result)
         elif error is None:
             words = "was cancelled" if self._cancelled else "broke off"
-            error = Cancelled(f"Measuring {loaded.order.name} on {name} {words}.", "Start it again when you are ready.")
+            error = Cancelled(f"Measuring {use.name} on {name} {words}.", "Start it again when you are ready.")
         with self._changed:
             self._told = None
             self._change(replace(self._state, running=False, progress=None, result=result, error=error))
