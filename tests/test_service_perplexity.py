@@ -65,9 +65,9 @@ def test_one_at_a_time_and_a_cancelled_one_leaves_no_row(service: Service) -> No
     with pytest.raises(Busy):
         job.start(TEXT, "wrap")
     until_it_works(job)
-    assert service.fleet.endable(by_hand=False) == ()  # in use: no other model takes its place
+    assert [place.uses for place in service.fleet.places()] == [1]  # neither age nor another model ends it
     job.cancel()
-    assert len(service.fleet.endable(by_hand=False)) == 1
+    assert [place.uses for place in service.fleet.places()] == [0]
     state = job.state()
     assert not state.running
     assert isinstance(state.error, Cancelled)
