@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests import checkpoints, lora_files, loras
-from tests.conftest import ROOT
+from tests import checkpoints, lora_files, loras, trainings
+from tests.conftest import ROOT, wait_until
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(home: Path, *words: str) -> list[str]:
+    return [sys.executable, "server.py", "--home", str(home), "--no-hf-cache", "--no-warm-worker", *words]
 
 
 def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "server.py", "--home", str(home), "--no-hf-cache", "--no-warm-worker", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    line = command(home, *words)
+    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("command", [["--prompt", "hi"], ["--plan"]])
@@ -97,3 +104,74 @@ def test_a_merged_model_is_written_with_progress_on_stderr(tmp_path: Path) -> No
     stages = done.stderr.splitlines()
     assert stages.index("loading the model") < stages.index("merging") < stages.index("checking")
     assert run(tmp_path, "--model", "grown", "--plan").returncode == 0
+
+
+def training_file(home: Path, **changes: object) -> Path:
+    """A training of the small Llama, in enough steps to be interrupted."""
+    trainings.pairs(home)
+    values = {"data": "pairs.jsonl", "model": str(checkpoints.llama()), "rank": 4, "dropout": 0.1, "batch_size": 2,
+              "max_steps": 60, "checkpoint_steps": 5, "evaluation_share": 0, "cutoff": 128, **changes}  # fmt: skip
+    file = home / "lesson.yaml"
+    file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
+    return file
+
+
+def test_a_training_goes_on_after_the_server_was_killed_to_the_same_lora(tmp_path: Path) -> None:
+    (broken := tmp_path / "broken").mkdir()
+    (whole := tmp_path / "whole").mkdir()
+    done = run(whole, "--train", str(training_file(whole)))
+    assert done.returncode == 0, done.stderr
+    out = whole / "loras" / "lesson"
+    assert done.stdout.strip() == str(out)
+    assert "60/60" in done.stderr
+    assert "60 steps, " in done.stderr
+
+    words = ("--train", str(training_file(broken)))
+    checkpoints_of = broken / "models" / ".cache" / "training" / "lesson"
+    server = subprocess.Popen(command(broken, *words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: server.poll() is not None or any(checkpoints_of.glob("checkpoint-*")), 120)
+        server.send_signal(signal.SIGKILL)
+    finally:
+        server.kill()
+        server.wait()
+    assert not (broken / "loras" / "lesson").exists(), "killed too late"
+
+    other = run(broken, "--train", str(training_file(broken, rank=8)))
+    assert other.returncode == 2
+    assert "begun with other options" in other.stderr
+    again = run(broken, "--train", str(training_file(broken)))
+    assert again.returncode == 0, again.stderr
+    assert "Going on with lesson from step" in again.stderr
+    mine, theirs = (load_file(home / "loras" / "lesson" / "adapter_model.safetensors") for home in (broken, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name].equal(theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": ""}, "--train needs a model"),
+        ({"data": "gone.jsonl"}, "no file gone.jsonl"),
+        ({"data": "bad.jsonl"}, "Line 2: "),
+        ({"name": "taken"}, "There is a LoRA taken already"),
+        ({"rank": "many"}, "line 3"),
+        ({"renk": 4}, "rank"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+        ({"target_modules": ["nope"]}, "no module 'nope'"),
+    ],
+    ids=str,
+)
+def test_a_training_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
+    lora_files.write(tmp_path / "loras" / "taken", {"model.layers.*.mlp.down_proj": (128, 256)})
+    done = run(tmp_path, "--train", str(training_file(tmp_path, **changes)))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_training_without_its_file_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "--train", "nothing.yaml")
+    assert done.returncode == 2
+    assert "There is no file nothing.yaml." in done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from modules import packages
 from modules.devices import Machine
 from modules.errors import (
     AdapterNotFound,
@@ -37,7 +38,6 @@ from modules.service import Service
 from modules.service.training import Data, Phase, TrainState
 from modules.service.training import job as training_job
 from modules.service.training.training import refuse
-from modules.training import hub
 from tests import checkpoints, trainings
 from tests.conftest import wait_until
 from tests.services import MACHINE, Make, services
@@ -234,7 +234,7 @@ def test_the_model_makes_room_after_a_yes_and_comes_back(
     with pytest.raises(Busy, match="answers are being made"):
         loaded.training.start("roomy", data, QUICK, unload=True)
     stopped.set()
-    answer.close()
+    assert list(answer)
     wait_until(lambda: loaded.snapshot().generating == 0)
 
     loaded.training.start("roomy", data, QUICK, unload=True)
@@ -278,7 +278,7 @@ def test_bad_data_starts_nothing(loaded: Service, given: Data, kind: type[Loadst
 
 
 def test_no_space_and_no_package(loaded: Service, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub.packages, "missing", lambda feature: ("datasets",))
+    monkeypatch.setattr(packages, "missing", lambda feature: ("datasets",))
     with pytest.raises(MissingPackage, match="datasets"):
         loaded.training.start("never", Data(hub="user/name"), QUICK)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))

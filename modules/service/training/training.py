@@ -21,7 +21,7 @@ from modules.errors import (
     OptionError,
     OutOfMemory,
 )
-from modules.library import Library
+from modules.library import Library, ModelFacts
 from modules.options import TrainingOptions, training_options
 from modules.planner import from_facts
 from modules.planner.training import missing_targets
@@ -89,9 +89,13 @@ class Training:
     def _estimate(
         self, order: LoadOrder, options: TrainingOptions, longest_tokens: int, preview: Preview | None = None
     ) -> Estimate:
-        facts = self._library.facts(order.name)
+        facts = self._facts(order)
         loaded = self._front().snapshot().loaded
         return estimate(facts, order.options, options, longest_tokens, preview, self._measure(), loaded, self._pace)
+
+    def _facts(self, order: LoadOrder) -> ModelFacts:
+        """Of the model at the order's path: it need not lie in a model folder. Raises what the library raises."""
+        return self._library.facts(self._library.find(order.path, allow_paths=True))
 
     def problem(self, values: Mapping[str, Any]) -> LoadstoneError | None:
         """What makes training the loaded model with these options impossible; ``fix`` holds loader options that mend
@@ -113,7 +117,7 @@ class Training:
         """Raises NotTrainable for what the load options make impossible, OptionError for modules not there."""
         refuse(order, loaded)
         if options.target_modules:
-            checkpoint = from_facts(self._library.facts(order.name))
+            checkpoint = from_facts(self._facts(order))
             if missing := missing_targets(checkpoint, options.target_modules):
                 raise OptionError(
                     f"{order.name} has no module {missing[0]!r}.", "Leave target_modules empty to take all linear ones."
