@@ -79,7 +79,8 @@ class Answering:
             pass
         elif self.on_demand is not None:
             name, entries = _split(model, [one.name for one in self.library.models()])
-            name = self.library.find(name, allow_paths=False).name
+            if name not in (one.name for one in self.library.models()):
+                raise ModelNotFound(f"There is no model {name!r}.", "GET /v1/models tells which there are.")
         elif loaded:
             are = "are" if loaded[1:] else "is"
             raise ModelNotFound(
@@ -112,15 +113,17 @@ class Answering:
         continue_last: bool = False,
         loras: Sequence[str] | None = None,
         stopped: threading.Event | None = None,
+        user: str = "",
     ) -> Iterator[Chunk]:
-        """An answer as it comes: Piece …, then Done. Setting ``stopped`` or closing the iterator ends it.
+        """An answer as it comes: Waiting …, Piece …, then Done. Setting ``stopped`` or closing the iterator ends it.
 
+        ``user``: whose it is; where many wait, users take turns.
         ``loras``: answer with this set, this once; empty: with the base model; None: with the active set.
         Raises NothingLoaded, WorkerCrashed and what the worker answers with.
         """
         chat: ChatMessages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
         adapters = None if loras is None else self.loras.checked(loras)
-        order = GenerateOrder(self.generation(values), chat, prompt, continue_last, adapters)
+        order = GenerateOrder(self.generation(values), chat, prompt, continue_last, adapters, user=user)
         yield from self.stream(order, stopped or threading.Event())
 
     def stream(self, order: GenerateOrder, stopped: threading.Event, use: Use | None = None) -> Iterator[Chunk]:

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from modules.errors import LoadstoneError, NothingLoaded
-from modules.protocol import Done, Piece
+from modules.protocol import Done, Piece, Waiting
 from modules.service import Service
 from modules.supervisor import Snapshot
 from modules.ui.common import small, warn
@@ -127,9 +127,11 @@ def answer(
         yield working(question.history, live.line("thinking …"))
         try:
             rendered = 0.0
-            for chunk in service.generate(question.values, **request(question), stopped=stopped):
+            for chunk in service.generate(question.values, **request(question), stopped=stopped, user=session):
                 if isinstance(chunk, Done):
                     done = chunk
+                elif isinstance(chunk, Waiting) and stops.is_shown(session, stopped):
+                    yield _in_line(live, chunk)
                 elif isinstance(chunk, Piece):
                     live.text += chunk.text
                     if (now := time.monotonic()) - rendered >= RENDER_S and stops.is_shown(session, stopped):
@@ -143,6 +145,13 @@ def answer(
         yield _ended(service, question, live.text, done, failure)
     else:  # another answer, or an empty chat, stands there by now
         yield nothing()
+
+
+def _in_line(live: Live, waiting: Waiting) -> Updates:
+    """The line where others are answered first."""
+    updates = nothing()
+    updates[4] = live.line(f"waiting, {waiting.place - 1} before you …" if waiting.place > 1 else "waiting, next …")
+    return updates
 
 
 def _so_far(question: Question, live: Live) -> Updates:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 
@@ -67,7 +68,8 @@ class Running:
         self._seen.model = use.name
         self._choices_a_prompt = choices_a_prompt
         self._left = len(orders)
-        for index, order in enumerate(orders):
+        user = _user(request)
+        for index, order in enumerate(replace(order, user=user) for order in orders):
             held = use.again()  # until this answer is there, however long the response takes
             threading.Thread(
                 target=self._run, args=(service, index, order, held), name="api-answer", daemon=True
@@ -130,6 +132,12 @@ class Running:
             self._seen.completion_tokens += chunk.completion_tokens
         elif isinstance(chunk, LoadstoneError):
             self._seen.kind = chunk.kind
+
+
+def _user(request: Request) -> str:
+    """Who shares a turn where many wait: one address, with one key."""
+    key = hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()
+    return f"{request.client.host if request.client else ''} {key[:16]}"
 
 
 @dataclass
