@@ -32,6 +32,7 @@
     │   ├── PortInUse                the port for the page is taken
     │   ├── UnsupportedParameter     a request asks for what this server or this model does not do
     │   ├── RequestTooLarge          the request's body is too long to be looked at
+    │   ├── RequestTooSlow           … or comes so slowly that somebody may mean to hold the connection
     │   ├── Overloaded               too many answers are waited for already
     │   ├── LoadPending              the model that a request waits for has not been loaded in time
     │   ├── BrokenData               what a LoRA is to be trained on cannot be read as examples
@@ -316,6 +317,13 @@ class RequestTooLarge(UserError):
     status = 413
     title = "The request is too large"
     remedy = "Send less at a time."
+
+
+class RequestTooSlow(UserError):
+    kind = "request_too_slow"
+    status = 408
+    title = "The request took too long to come"
+    remedy = "Send it again over a better connection."
 
 
 class Overloaded(UserError):

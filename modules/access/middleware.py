@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
 from collections.abc import Mapping
 from urllib.parse import parse_qs, quote
 
@@ -17,13 +19,23 @@ from modules.access.credentials import Credentials, Role, guessable, said_in
 from modules.access.hosts import Hosts, host_port, refusal
 from modules.access.rules import OPEN_ROUTES, guest_may
 from modules.access.sessions import Sessions, cookie_name, set_cookie, token_in
-from modules.errors import AccessRefused, Cancelled, LoadstoneError, LoginRequired, RequestTooLarge, TooManyAttempts
+from modules.errors import (
+    AccessRefused,
+    Cancelled,
+    LoadstoneError,
+    LoginRequired,
+    RequestTooLarge,
+    RequestTooSlow,
+    TooManyAttempts,
+)
 from modules.service.traffic import seen_of
 
 MOST_BYTES = 32 * 2**20  # of a request's body
+BODY_S = 120.0  # for a body to come in
 _MOST_LOGIN_BYTES = 8 * 2**10
 _UPLOADS = "/gradio_api/upload"  # an administrator's files are as large as they are
 
+_UNREAD = (RequestTooLarge.status, RequestTooSlow.status)  # the rest of their bodies is not waited for
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "SAMEORIGIN",
@@ -73,11 +85,14 @@ class AccessMiddleware:
                 headers = MutableHeaders(scope=message)
                 for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
+                if message["status"] in _UNREAD:
+                    headers["connection"] = "close"
             await send(message)
 
         try:
-            application = await self._admit(scope, receive, inner)
-            await application(scope, _Limited(receive, scope, inner), send_with_headers)
+            limited = _Limited(receive, scope, inner)
+            application = await self._admit(scope, limited, inner)
+            await application(scope, limited, send_with_headers)
         except LoadstoneError as error:
             if begun:
                 raise
@@ -228,20 +243,27 @@ def _refused(error: LoadstoneError) -> Response:
 
 
 class _Limited:
-    """A request's messages. Raises RequestTooLarge for a body beyond :data:`MOST_BYTES`."""
+    """A request's messages. Raises RequestTooLarge for a body beyond :data:`MOST_BYTES`, and RequestTooSlow."""
 
     def __init__(self, receive: Receive, scope: Scope, path: str) -> None:
         self._receive = receive
-        self._left = math.inf if path == _UPLOADS else MOST_BYTES
+        self._left, self._until = (math.inf, math.inf) if path == _UPLOADS else (MOST_BYTES, time.monotonic() + BODY_S)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > self._left:
             raise _too_large()
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        if self._until == math.inf:  # the body is there: what comes now is the client's going
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), self._until - time.monotonic())
+        except asyncio.TimeoutError:
+            raise RequestTooSlow(f"The request's body has not come within {BODY_S:g} s.") from None
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise _too_large()
+        if not message.get("more_body", False):
+            self._until = math.inf
         return message
 
 

@@ -27,7 +27,7 @@ def install(app: FastAPI, *, with_details: bool = True) -> None:
             status, body = openai.error_body(known)
         else:
             status, body = known.status, {"error": error_body(known, with_details=with_details)}
-        if isinstance(error, HTTPException):  # the framework's own: no such method, no JSON at all
+        if isinstance(error, HTTPException) and known is not error.__cause__:  # no such method, no JSON at all
             status, headers = error.status_code, dict(error.headers or {})
         return JSONResponse(body, status_code=status, headers=headers)
 
@@ -46,6 +46,8 @@ def typed(error: Exception, request: Request) -> LoadstoneError:
         return error
     if isinstance(error, RequestValidationError):
         return _bad_body(error, request)
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, LoadstoneError):
+        return error.__cause__  # raised while the body was being read
     if isinstance(error, HTTPException):
         return UserError(f"{error.detail}.", _what_it_takes(request))
     return InternalError(f"{type(error).__name__}: {error}", "The server's log tells more; please report it.")

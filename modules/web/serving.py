@@ -25,6 +25,7 @@ from modules.errors import OptionError, PortInUse
 from modules.options import ServerOptions
 from modules.service import Service
 from modules.web import announcing
+from modules.web.patience import PatientProtocol
 from modules.web.watching import Watching
 
 LOCAL = "127.0.0.1"
@@ -165,6 +166,7 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
         log_level="info" if server.verbose else "warning",
         timeout_graceful_shutdown=1,
         server_header=False,
+        http=PatientProtocol,
         ssl_certfile=door.certificate or None,
         ssl_keyfile=door.certificate_key or None,
     )
