@@ -81,6 +81,7 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
         load_on_demand=server.load_on_demand,
         load_wait_s=server.load_wait,
         traffic=traffic,
+        server=server,
     )
     return service, server
 

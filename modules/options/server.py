@@ -96,8 +96,8 @@ class ServerOptions:
         group="server", low=1, high=64,
     )  # fmt: skip
     idle_timeout: float = option(
-        "number", 0.0, "Idle timeout", "Unload a model that nobody has used for so long, in minutes. Pinned ones stay.",
-        group="server", low=0, default_help="0: never",
+        "number", 0.0, "Idle timeout", "Unload a model that nobody has used for so long. Pinned ones stay.",
+        group="server", low=0, unit="minutes", default_help="0: never",
     )  # fmt: skip
     load_wait: int = option(
         "integer", 300, "Wait for a load", "With --load-on-demand: the seconds that a request waits for its model.",

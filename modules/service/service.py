@@ -16,7 +16,7 @@ from modules.devices import Machine
 from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound, OptionError
 from modules.library import Library, Model, ModelFacts
 from modules.library.loras import LoraLibrary
-from modules.options import LOAD_OPTIONS, Circumstances, LoadOptions, check, context_tokens, parse_values
+from modules.options import LOAD_OPTIONS, Circumstances, LoadOptions, ServerOptions, check, context_tokens, parse_values
 from modules.protocol import LoadOrder
 from modules.service.answering import Answering
 from modules.service.badges import Badges
@@ -55,6 +55,7 @@ class Service(Answering):
         load_on_demand: bool = False,
         load_wait_s: float = 300.0,
         traffic: Traffic | None = None,
+        server: ServerOptions | None = None,
     ) -> None:
         self.library = library
         self.settings = settings
@@ -62,6 +63,7 @@ class Service(Answering):
         self.fleet = supervisor if isinstance(supervisor, Fleet) else Fleet(supervisor)
         self.on_demand = OnDemand(self.fleet, self._prepare_on_demand) if load_on_demand else None
         self.traffic = traffic or Traffic()
+        self.server = server or ServerOptions()  # to be told of, no more
         self.load_wait_s = load_wait_s  # for a request whose model is not there
         self.measure = measure
         self.loras = Loras(loras or LoraLibrary([]), library, lambda: self.fleet.front, models_dir=cache_dir.parent)

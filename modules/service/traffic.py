@@ -75,6 +75,17 @@ def seen_of(scope: Mapping[str, Any]) -> Seen:
     return seen if isinstance(seen, Seen) else Seen()
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Since the start. ``first_token_s``: on average, from an answer's request on; None: there was no answer yet."""
+
+    requests: int  # of the API
+    failures: int
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float | None
+
+
 class Traffic:
     """See the module."""
 
@@ -93,7 +104,7 @@ class Traffic:
         self._prompt = Counter("loadstone_prompt_tokens", "Tokens read.", ["model"], registry=registry)
         self._completion = Counter("loadstone_completion_tokens", "Tokens generated.", ["model"], registry=registry)
         self._first = Histogram(
-            "loadstone_first_token_seconds", "From an answer's request to its first token, waiting included.",
+            "loadstone_first_token_seconds", "From when a model is asked to the first token, its queue included.",
             ["model"], buckets=_QUICK_S, registry=registry,
         )  # fmt: skip
         self._loads = Counter("loadstone_loads", "Loads by outcome.", ["model", "outcome"], registry=registry)
@@ -156,6 +167,23 @@ class Traffic:
         """The API's last requests, the latest first."""
         with self._lock:
             return list(reversed(self._recent))
+
+    def totals(self) -> Totals:
+        """The figures summed up."""
+        sums: dict[str, float] = {}
+        for metric in self._registry.collect():
+            for sample in metric.samples:
+                route, source = sample.labels.get("route"), sample.labels.get("source", "request")
+                if route not in (PAGE, *_POLLED) and source == "request":
+                    sums[sample.name] = sums.get(sample.name, 0) + sample.value
+        answers = sums.get("loadstone_first_token_seconds_count", 0)
+        return Totals(
+            requests=int(sums.get("loadstone_requests_total", 0)),
+            failures=int(sums.get("loadstone_failures_total", 0)),
+            prompt_tokens=int(sums.get("loadstone_prompt_tokens_total", 0)),
+            completion_tokens=int(sums.get("loadstone_completion_tokens_total", 0)),
+            first_token_s=sums["loadstone_first_token_seconds_sum"] / answers if answers else None,
+        )
 
     def exposition(self, places: Iterable[Place], memory: Iterable[tuple[str, Memory]], waiting: int) -> bytes:
         """All of it in Prometheus's text format, beside how things stand now."""

@@ -9,15 +9,16 @@ import gradio as gr
 
 from modules import packages
 from modules.copies import QuantizedCopy
-from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS
+from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS, SERVER_OPTIONS, ServerOptions, Spec
 from modules.service import Service
-from modules.ui import shelf_card
+from modules.ui import now_card, shelf_card
 from modules.ui.common import QUIET, guarded, table
 from modules.units import format_bytes
 
 
 def build(service: Service, tab: gr.Tab) -> None:
     """Lay out and wire the tab; its content is made when it is opened and when Refresh is clicked."""
+    now_card.build(service, tab)
     shelf_card.build(service, tab)
     content = gr.HTML(elem_id="session")
     with gr.Row(visible=False, equal_height=True) as row:
@@ -67,6 +68,7 @@ def session_html(service: Service) -> str:
     ]
     sections = [
         ("Machine", rows),
+        ("Flags in force for the server", server_flags(service.server) or [("", "all at their defaults")]),
         ("Options in force for every model", set_options or [("", "all at their defaults")]),
         ("Model folders", [("", str(root)) for root in service.library.roots]),
         ("Quantized copies", [(copy.model or copy.key, _described(copy)) for copy in service.quantized_copies()]),
@@ -74,6 +76,22 @@ def session_html(service: Service) -> str:
         ("Optional packages", extras),
     ]
     return "".join(f"<h3>{escape(title)}</h3>{table(cells)}" for title, cells in sections if cells)
+
+
+def server_flags(server: ServerOptions) -> list[tuple[str, str]]:
+    """The flags that differ from their default; of a secret only that it is set."""
+    given = [(spec, getattr(server, name)) for name, spec in SERVER_OPTIONS.items()]
+    return [(spec.flag, _flag_value(spec, value)) for spec, value in given if value != spec.default]
+
+
+def _flag_value(spec: Spec, value: Any) -> str:
+    if spec.secret:
+        return f"set ({len(value)}, not shown)" if isinstance(value, tuple) else "set (not shown)"
+    if spec.kind == "flag":
+        return "on" if value else "off"
+    if spec.kind == "number":
+        return f"{value:g} {spec.unit}"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _described(copy: QuantizedCopy) -> str:
