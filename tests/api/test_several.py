@@ -104,6 +104,14 @@ def test_a_request_says_how_long_its_model_stays(several: Several) -> None:
     wait_for(lambda: "one" not in several.loaded(), "the model's end")
 
 
+def test_a_stream_holds_its_model_until_it_ends(several: Several) -> None:
+    with several.openai.completions.create(model="one", prompt="a", max_tokens=200, stream=True) as stream:
+        next(iter(stream))
+        assert several.loaded()["one"]["uses"] > 0
+        assert several.loaded()["one"]["ends_in_seconds"] is None
+    wait_for(lambda: several.loaded()["one"]["uses"] == 0, "the end of the answer")
+
+
 def test_embeddings_in_both_formats_and_of_all_kinds_of_input(several: Several) -> None:
     answer = several.openai.embeddings.create(model="one", input=["a herring", "two words"])  # asks for base64
     plain = several.openai.embeddings.create(model="one", input="a herring", encoding_format="float")
