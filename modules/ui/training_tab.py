@@ -180,7 +180,8 @@ def model_line(service: Service, state: TrainState, problem: LoadstoneError | No
 
 
 def _run_updates(service: Service) -> list[Any]:
-    """The unfinished ones. What is chosen stays, while it is there."""
+    """The unfinished ones. Which is chosen stays a person's choice, where there is one to make."""
     found = service.training.runs()
     choices = [(run_in_words(run), run.name) for run in found]
-    return [gr.update(visible=_seen(bool(found))), gr.update(choices=choices)]
+    only = {"value": found[0].name} if len(found) == 1 else {}
+    return [gr.update(visible=_seen(bool(found))), gr.update(choices=choices, **only)]

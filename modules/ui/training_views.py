@@ -131,7 +131,7 @@ def training_card(state: TrainState) -> str:
         f'<div class="card {css}" data-phase="{state.phase}"><div class="card-head">',
         f'<span class="dot {css}" aria-hidden="true"></span><b>{escape(head)}</b></div>',
         _bar(state) if state.running else "",
-        f'<div role="status">{small(_numbers(state))}</div>' if not state.trained else "",
+        f'<div role="status">{small(numbers)}</div>' if (numbers := _numbers(state)) and not state.trained else "",
         curve(state.steps, state.evaluations, state.total_steps),
         _result(state.trained) if state.trained else "",
         error_box(state.error) if state.error and state.phase is Phase.FAILED else "",

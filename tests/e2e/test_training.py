@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests import loras
+from modules import packages
+from tests import checkpoints, loras
 from tests.e2e.conftest import Server, start_server, wait_for
 
 NAME = "SmolLM2-135M-Instruct"
@@ -145,8 +147,7 @@ def test_a_paused_training_stands_among_the_unfinished_and_a_name_is_not_taken_t
     page.locator("#training-pause").click()
     expect(page.locator("#training-card")).to_contain_text("Paused: lanterns", timeout=TRAIN_MS)
     expect(page.locator("#training-runs")).to_be_visible()
-    page.locator("#training-run input").click()
-    page.get_by_role("option").filter(has_text="lanterns").click()
+    expect(page.locator("#training-run input")).to_have_value(re.compile("lanterns · on .* · step "))  # the only one
     page.locator("#training-discard").click()
     expect(page.locator("#training-runs")).to_be_hidden()
 
@@ -166,3 +167,20 @@ def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_pag
     expect(row).to_contain_text("bfloat16")
     page.locator("#perplexity-forget").click()
     expect(page.locator("#perplexity-table")).to_contain_text("Nothing measured yet")
+
+
+@pytest.mark.skipif(bool(packages.missing("gptq")), reason="the optional package gptqmodel is missing")
+def test_a_kernel_that_cannot_be_trained_is_said_before_and_mended_by_a_click(
+    server: Server, open_page: Callable[..., Page]
+) -> None:
+    (server.home / "models" / "packed").symlink_to(checkpoints.gptq(), target_is_directory=True)
+    assert server.load("packed", ctx_size=256)[0] == 200
+    page = open_page(server)
+    page.get_by_role("tab", name="Training").click()
+    expect(page.locator("#training-model .error")).to_contain_text("kernel that cannot be trained")
+    page.locator("#training-fix").click()
+    expect(page.locator("#training-model .error")).to_be_hidden(timeout=TRAIN_MS)
+    expect(page.locator("#training-model")).to_contain_text("Disable ExLlama")
+    expect(page.locator("#training-fix")).to_be_hidden()
+    info = server.info()
+    assert (info["model_name"], info["state"]) == ("packed", "ready")
