@@ -18,6 +18,7 @@ from modules.options import (
     Spec,
 )
 from tests.api.openai import conformance
+from tests.attacks import listed
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -72,6 +73,7 @@ PARTS: Mapping[str, str] = {
     "commands": option_table(COMMAND_OPTIONS.values()),
     "troubleshooting": troubleshooting(),
     "conformance": conformance.table(),
+    "attacks": listed.table(),
 }
 
 

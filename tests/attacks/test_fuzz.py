@@ -111,6 +111,12 @@ def test_no_field_of_any_body_fails_whatever_it_holds(loaded: Target) -> None:
     assert not failed
 
 
+def needed(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a body must have, and a short answer."""
+    names = {*body.get("required", ()), "max_tokens"}
+    return {name: _right(name, one) for name, one in body["properties"].items() if name in names}
+
+
 def _right(name: str, schema: dict[str, Any]) -> Any:
     """A value that the field takes."""
     messages = [{"role": "user", "content": "x"}]
