@@ -247,7 +247,9 @@ class _Limited:
 
     def __init__(self, receive: Receive, scope: Scope, path: str) -> None:
         self._receive = receive
-        self._left, self._until = (math.inf, math.inf) if path == _UPLOADS else (MOST_BYTES, time.monotonic() + BODY_S)
+        any_size = path == _UPLOADS
+        self._left = math.inf if any_size else float(MOST_BYTES)
+        self._until = math.inf if any_size else time.monotonic() + BODY_S
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > self._left:
             raise _too_large()

@@ -53,8 +53,8 @@ ATTACKS = (
         ),
     ),
     Attack(
-        "Names that lead out of their folder: of models, LoRAs, downloads, merges, copies and settings, in every field of "
-        "every route and of the page",
+        "Names that lead out of their folder: of models, LoRAs, downloads, merges, copies and settings, in every field "
+        "of every route and of the page",
         "refused; nothing outside is read or written",
         (
             f"{_NAMES}::test_no_name_in_a_request_leads_out_of_its_folder",
