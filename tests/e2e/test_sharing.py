@@ -6,6 +6,8 @@ import io
 import os
 import pty
 import re
+import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from modules.web.announcing import announce, qr_code
-from tests.e2e.conftest import ROOT, Server
+from tests.e2e.conftest import ROOT, Server, wait_for
 
 Launch = Callable[..., Server]
 
@@ -76,6 +78,70 @@ def test_a_guest_and_an_administrator_in_two_browsers(
     guest.goto(server.url)
     expect(guest.locator("#password")).to_be_visible()
     assert "no public address" in "".join(server.output)
+
+
+@pytest.fixture
+def behind_nginx(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Start nginx in front of a server, with TLS and the lines that README gives; the address of the page there."""
+    if not (nginx := shutil.which("nginx")):
+        pytest.skip("nginx is not installed")
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    file, key = certificate(folder)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    location = re.search(r"^ +location /llm/ \{.*?^ +\}$", readme, re.DOTALL | re.MULTILINE)
+    assert location is not None
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(url: str) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        temporary = "".join(
+            f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (folder / "nginx.conf").write_text(
+            f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}} "
+            f"http {{ {temporary} access_log off; server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {file}; ssl_certificate_key {key};\n"
+            f"{location[0].replace('http://127.0.0.1:7860', url)}\n}} }}"
+        )
+        running.append(subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"]))
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "nginx")
+        return f"https://localhost:{port}/llm/"
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(10)
+
+
+def test_two_roles_behind_nginx_under_a_path_with_tls(
+    launch: Launch, visit: Callable[..., Page], behind_nginx: Callable[[str], str]
+) -> None:
+    """Logging in, loading, an answer as it comes, and out again; the API beside it."""
+    server = launch("--subpath", "/llm", "--gradio-auth", "root:one", "--guest-auth", "gast:drei", "--no-warm-worker")
+    url = behind_nginx(server.url.removesuffix("/llm"))
+    admin, guest = visit(url), visit(url, width=390, dark=True)
+    log_in(admin, "root", "one")
+    log_in(guest, "gast", "drei")
+    expect(admin.locator("#model input")).not_to_have_value("", timeout=30_000)
+    expect(guest.get_by_role("tab", name="Chat")).to_be_visible(timeout=30_000)
+    assert guest.locator("#load, #unload, #session").count() == 0
+    for page in (admin, guest):
+        assert page.url == url
+        [cookie] = page.context.cookies()
+        assert (cookie["secure"], cookie["path"]) == (True, "/llm/")
+    admin.locator("#load").click()
+    expect(guest.locator("#status")).to_contain_text("float32", timeout=60_000)
+    guest.locator("#message textarea").fill("What is the capital of France?")
+    guest.keyboard.press("Enter")
+    expect(guest.locator("#chatbot .bot")).to_contain_text(re.compile(r"\w\w"), timeout=60_000)
+    trusting = httpx.Client(verify=False, headers={"origin": url.removesuffix("/llm/")})
+    assert trusting.get(f"{url}v1/models").status_code == 401
+    assert trusting.get(f"{url}v1/models", auth=("gast", "drei")).json()["data"][0]["loaded"] is True
+    assert trusting.get(f"{url}v1/models", headers={"origin": "https://evil.example"}).status_code == 403
+    guest.get_by_role("button", name="Log out").click()
+    expect(guest.locator("#password")).to_be_visible()
+    expect(admin.locator("#status")).to_contain_text("float32")
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
