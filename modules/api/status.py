@@ -67,7 +67,13 @@ def current(service: Service) -> dict[str, Any]:
     state = brief(service.snapshot(), service.loras.merger.state().version)
     loaded = [one.order.name for one in service.fleet.loaded()]
     downloads, training = service.downloads.queue.shown(), training_shown(service)
-    return {**state, "loaded": loaded, "downloads": downloads, "training": training}
+    return {
+        **state,
+        "waiting": service.supervisor.waiting,
+        "loaded": loaded,
+        "downloads": downloads,
+        "training": training,
+    }
 
 
 def brief(snapshot: Snapshot, merge_version: int = 0) -> dict[str, Any]:

@@ -203,6 +203,7 @@ class _Now(Collector):
             ("model_loaded", "1 for each model that answers.", lambda place: int(place.loaded is not None)),
             ("model_uses", "Requests that hold a model.", lambda place: place.uses),
             ("answers", "Answers running or waiting.", lambda place: place.answers),
+            ("queue", "Answers without text yet: in line, or their prompts being read.", lambda place: place.waiting),
             ("tokens_per_second", "Tokens generated a second now.", lambda place: place.tokens_per_second),
         ):
             gauge = GaugeMetricFamily(f"loadstone_{name}", text, labels=["model"])

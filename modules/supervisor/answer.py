@@ -50,6 +50,11 @@ class Answer(Iterator[Chunk]):
             return 0.0
         return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is text: before, it waits in line, or its prompt is being read."""
+        return self._first is not None
+
     def __next__(self) -> Chunk:
         from http.client import HTTPException
 

@@ -27,6 +27,7 @@ class Place:
     ends_in_s: float | None  # where nobody uses it; None: never
     tokens_per_second: float
     answers: int  # running and waiting
+    waiting: int  # of these, those without text yet
 
 
 @dataclass(eq=False)
@@ -90,4 +91,5 @@ class Slot:
             pinned=self.pinned, uses=self.uses, closing=self.closing, idle_s=0.0 if self.used_now else now - self.used,
             ends_in_s=None if ends == NEVER else max(0.0, ends - now),
             tokens_per_second=snapshot.tokens_per_second if snapshot.generating else 0.0, answers=snapshot.generating,
+            waiting=self.supervisor.waiting,
         )  # fmt: skip

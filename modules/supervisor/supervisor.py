@@ -236,6 +236,12 @@ class Supervisor:
             return told
 
     @property
+    def waiting(self) -> int:
+        """How many answers have no text yet: they wait in line, or their prompts are being read."""
+        with self._changed:
+            return sum(1 for answer in self._running_answers() if not answer.begun)
+
+    @property
     def working(self) -> bool:
         """Whether the worker is at something longer than an answer."""
         return any(told.running for told in list(self._told))

@@ -89,12 +89,12 @@ def requests_html(recent: Sequence[Seen]) -> str:
 
 
 def _facts(totals: Totals, places: Iterable[Place], waiting: int) -> list[tuple[str, str]]:
-    answers = sum(place.answers for place in places)
+    answers, queue = sum(place.answers for place in places), sum(place.waiting for place in places)
     speed = sum(place.tokens_per_second for place in places)
     first = f"{totals.first_token_s:.2f} s on average" if totals.first_token_s is not None else ""
     return [
         ("Speed", f"{speed:.1f} tokens/s" if answers else "idle"),
-        ("Answers", f"{answers} running or in line" if answers else "none under way"),
+        ("Answers", f"{answers - queue} being written, {queue} before the first word" if answers else "none now"),
         ("Wait for a model", f"{waiting} requests" if waiting else ""),
         ("First token", first),
         ("Since the start", f"{totals.requests:,} requests of the API, {totals.failures:,} refused or failed; "

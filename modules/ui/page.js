@@ -26,7 +26,7 @@
   function showRate(status) {
     const place = document.querySelector("#status .rate");
     if (!place) return;
-    const waiting = status.generating > 1 ? `, ${status.generating - 1} waiting` : "";
+    const waiting = status.generating > 1 && status.waiting ? `, ${status.waiting} waiting` : "";
     const text = status.generating ? `${status.tokens_per_second} tokens/s${waiting}` : "";
     if (place.textContent !== text) place.textContent = text;
   }
