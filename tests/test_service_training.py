@@ -163,6 +163,10 @@ def test_a_lora_is_trained_beside_the_model_that_answers(loaded: Service, data: 
     assert state.evaluations
     assert state.last is not None
     assert state.last.tokens_per_second > 0
+    expected = loaded.training.estimate(data, QUICK)
+    assert state.started is not None
+    assert state.started.trainable_parameters == expected.parameters
+    assert state.trained.peak_bytes == pytest.approx(expected.total_bytes, rel=0.25)
     assert (state.name, state.total_steps, state.ends_first) == ("pirate", 4, "")
     assert "pirate" in [lora.name for lora in loaded.loras.all()]
     assert loaded.loras.apply(["pirate"]).adapters[0].name == "pirate"
@@ -172,7 +176,7 @@ def test_a_lora_is_trained_beside_the_model_that_answers(loaded: Service, data: 
     with pytest.raises(NameTaken):
         loaded.training.start("pirate", data, QUICK)
     assert not Path(order.folder).exists()
-    assert loaded.training.estimate(data, QUICK).seconds == pytest.approx(
+    assert expected.seconds == pytest.approx(
         state.last.tokens_per_second and _tokens(loaded, data) / state.last.tokens_per_second, rel=0.05
     ), "the next estimate goes by this one's speed"
 

@@ -11,17 +11,21 @@ from modules.library import ModelFacts
 from modules.library import config as reading
 from modules.options import LoadOptions, TrainingOptions
 from modules.planner.checkpoint import Checkpoint, from_facts
+from modules.planner.devices import DevicePlan
 from modules.planner.lora_fit import Module, modules_of
+from modules.planner.memory import DEFAULT
 from modules.planner.names import head_module
 from modules.planner.planning import plan
 from modules.precision import DTYPE_BYTES
 
 # Per trained parameter, all float32: the weight, its gradient, AdamW's two moments.
 _TRAINED_BYTES = 16
-# Measured with SmolLM2-135M on a CPU, bfloat16 and 4-bit, from 4 × 128 to 4 × 512 tokens.
-_HIDDEN_KEPT, _INNER_KEPT = 14.0, 5.0  # tensors of tokens × hidden and × intermediate size that a layer keeps
-_LOGIT_BYTES = 18  # per token and entry of the vocabulary: logits, float32 copies, their gradient
-_LIBRARIES_BYTES = 250 * 2**20  # peft, the Trainer and accelerate, over a process that answers
+# Measured with SmolLM2-135M on a CPU, peaks of whole trainings: bfloat16 with 64, 512 and 1,024 tokens a batch, and
+# with gradient checkpointing; 4-bit and float32 with 512.
+_HIDDEN_KEPT, _INNER_KEPT = 3.0, 2.0  # tensors of tokens × hidden and × intermediate size that a layer keeps
+_LOGIT_BYTES = 24  # per token and entry of the vocabulary: logits, float32 copies, their gradients
+_LIBRARIES_BYTES = 215 * 2**20  # peft, the Trainer and accelerate, over a process that answers
+_UNUSED_SHARE = 0.8  # of what bitsandbytes takes while it quantizes, which is over when the training begins
 _RECOMPUTED = 4 / 3  # the work with gradient checkpointing: the forward pass twice
 _USED_FLOPS = 0.35  # of what one large multiplication reaches
 
@@ -63,7 +67,7 @@ def training_plan(
     return TrainingPlan(
         parts={
             "the model": sum(one.weights_bytes for one in held.devices if one.key == device.key),
-            "the process": device.fixed_bytes + (0 if device.key.isdigit() else _LIBRARIES_BYTES),
+            "the process": _process_bytes(device, facts, options),
             "LoRA and optimizer": parameters * _TRAINED_BYTES,
             "activations": batch_tokens * _activation_bytes(checkpoint, targets, training, element),
             "logits": batch_tokens * reading.number(checkpoint.config, "vocab_size") * _LOGIT_BYTES,
@@ -73,6 +77,15 @@ def training_plan(
         free_bytes=device.cap_bytes,
         model_fits=held.fits,
     )
+
+
+def _process_bytes(device: DevicePlan, facts: ModelFacts, options: LoadOptions) -> int:
+    """What is there beside tensors."""
+    if device.key.isdigit():
+        return device.fixed_bytes
+    bitsandbytes = options.load_in_4bit or options.load_in_8bit or facts.quantization == "bitsandbytes"
+    unused = int(_UNUSED_SHARE * DEFAULT.bitsandbytes_ram_bytes) if bitsandbytes else 0
+    return device.fixed_bytes - unused + _LIBRARIES_BYTES
 
 
 def target_modules(checkpoint: Checkpoint, named: tuple[str, ...]) -> dict[str, Module]:
@@ -93,12 +106,12 @@ def trained_parameters(targets: Mapping[str, Module], training: TrainingOptions)
 def _activation_bytes(
     checkpoint: Checkpoint, targets: Mapping[str, Module], training: TrainingOptions, element: int
 ) -> int:
-    """What is kept for the backward pass, in bytes a token. peft keeps its modules' inputs and outputs in float32."""
+    """What is kept for the backward pass, in bytes a token. peft keeps a float32 copy of its modules' inputs."""
     text = reading.text_part(checkpoint.config)
     layers = max(1, reading.number(text, "num_hidden_layers", "n_layer", "num_layers"))
     hidden = reading.number(text, "hidden_size", "n_embd", "d_model")
     inner = reading.number(text, "intermediate_size", "n_inner", "d_ff", "ffn_dim") or 4 * hidden
-    adapted = sum(4 * (m.inputs + m.outputs) for m in targets.values())
+    adapted = sum(4 * m.inputs for m in targets.values())
     plain = element * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * layers
     whole = adapted + plain
     if training.gradient_checkpointing:  # each layer's input, and one layer as a whole
@@ -112,14 +125,14 @@ def training_seconds(
     """For ``tokens`` that pass through the model, by an earlier training's speed, else by how fast the device
     multiplies; None where neither is known.
 
-    Forward and backward pass take 2 multiplications and additions a parameter and token each: the frozen weights
-    need no gradients of their own.
+    The forward pass takes 2 operations a parameter and token, and so does the backward pass: the frozen weights need
+    no gradients of their own.
     """
     if tokens_per_second:
         return tokens / tokens_per_second
     if not flops or not facts.parameters:
         return None
-    work = tokens * facts.parameters * 4 * 2 / 2
+    work = tokens * facts.parameters * 4
     return work * (_RECOMPUTED if training.gradient_checkpointing else 1) / (flops * _USED_FLOPS)
 
 

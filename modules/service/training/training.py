@@ -116,6 +116,8 @@ class Training:
     def _check(self, order: LoadOrder, options: TrainingOptions, loaded: Loaded | None = None) -> None:
         """Raises NotTrainable for what the load options make impossible, OptionError for modules not there."""
         refuse(order, loaded)
+        if options.dora and order.quantization == "gptq":
+            raise NotTrainable("DoRA cannot be trained on GPTQ layers (peft 0.21).", "Turn dora off.")
         if options.target_modules:
             checkpoint = from_facts(self._facts(order))
             if missing := missing_targets(checkpoint, options.target_modules):

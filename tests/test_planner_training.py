@@ -1,0 +1,90 @@
+"""What a training will take, by the headers: as many parameters as peft makes, and more memory where there is more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from modules.library import Library, ModelFacts
+from modules.options import LoadOptions, TrainingOptions
+from modules.planner import from_facts
+from modules.planner.training import missing_targets, training_plan, training_seconds
+from tests import checkpoints, loras
+from tests.services import MACHINE
+
+CPU = LoadOptions(cpu=True)
+
+
+def facts_of(path: Path) -> ModelFacts:
+    library = Library([path.parent])
+    return library.facts(library.find(str(path), allow_paths=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [TrainingOptions(rank=3), TrainingOptions(dora=True), TrainingOptions(target_modules=("q_proj", "lm_head"))],
+)
+@pytest.mark.parametrize("model", ["llama", "gemma3", "gpt2", "gptq"])
+def test_as_many_parameters_are_trained_as_peft_makes(model: str, options: TrainingOptions, tmp_path: Path) -> None:
+    from modules.worker import transformers_loader
+    from modules.worker.training import adapter
+
+    if model == "gptq":
+        pytest.importorskip("gptqmodel")
+        if options.dora:
+            pytest.skip("peft knows no DoRA for GPTQ")
+    if model == "gpt2" and options.target_modules:
+        options = replace(options, target_modules=("c_attn",))
+    source = loras.demo_gptq() if model == "gptq" else getattr(checkpoints, model)()
+    how = {"quantization": "gptq", "disable_exllama": True} if model == "gptq" else {}
+    loaded = transformers_loader.load(checkpoints.order_for(source, tmp_path, cpu=True, **how), lambda _: None)
+    made = adapter.trained(adapter.wrap(loaded.model, options, "base"))
+    planned = training_plan(facts_of(source), CPU, options, MACHINE, 64)
+    assert planned.parameters == sum(tensor.numel() for tensor in made.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [({"rank": 64}, 1), ({"batch_size": 8}, 1), ({"cutoff": 256}, 1), ({"dora": True}, 1),
+     ({"gradient_checkpointing": True}, -1), ({"target_modules": ("q_proj",)}, -1)],
+)  # fmt: skip
+def test_more_takes_more(change: dict[str, object], sign: int) -> None:
+    facts = facts_of(checkpoints.llama())
+    options = TrainingOptions(cutoff=128)
+    base = training_plan(facts, CPU, options, MACHINE, 0)
+    other = training_plan(facts, CPU, replace(options, **change), MACHINE, 0)  # type: ignore[arg-type]
+    assert (other.total_bytes - base.total_bytes) * sign > 0
+    assert base.fits
+
+
+def test_short_examples_take_no_more_than_they_have() -> None:
+    facts = facts_of(checkpoints.llama())
+    short = training_plan(facts, CPU, TrainingOptions(cutoff=4096), MACHINE, 32)
+    assert short == training_plan(facts, CPU, TrainingOptions(cutoff=32), MACHINE, 0)
+
+
+def test_a_machine_that_is_too_small_is_told() -> None:
+    small = replace(MACHINE, ram_free_bytes=2**28)
+    made = training_plan(facts_of(checkpoints.llama()), CPU, TrainingOptions(), small, 0)
+    assert not made.fits
+    assert made.on == "RAM"
+
+
+def test_modules_that_the_model_has_not_are_found() -> None:
+    checkpoint = from_facts(facts_of(checkpoints.llama()))
+    assert missing_targets(checkpoint, ("q_proj", "self_attn.k_proj", "nope", "proj")) == ("nope", "proj")
+
+
+def test_the_time_goes_by_an_earlier_speed_and_else_by_the_devices() -> None:
+    facts = facts_of(checkpoints.llama())
+    options = TrainingOptions()
+    assert training_seconds(facts, options, 1000, 0, 50) == 20
+    assert training_seconds(facts, options, 1000, 0) is None
+    quick, slow = (training_seconds(facts, options, 1000, flops) for flops in (2e9, 1e9))
+    assert quick is not None
+    assert slow == pytest.approx(2 * quick)
+    thrifty = training_seconds(facts, replace(options, gradient_checkpointing=True), 1000, 2e9)
+    assert thrifty is not None
+    assert thrifty > quick
