@@ -55,14 +55,14 @@ def build() -> PerplexityCard:
                     window = _tokens("Length", "What a token may look back on.", "the loaded context", "window")
                     stride = _tokens("Stride", "From one window to the next.", "half the length", "stride")
                 most = _tokens("At most", "Of the text, from its beginning.", "all of it", "most")
-                with gr.Row(elem_id="perplexity-buttons"):
+                with gr.Row(elem_id="perplexity-buttons", elem_classes="flow"):
                     measure = gr.Button("Measure", variant="primary", elem_id="perplexity-start", min_width=90)
                     cancel = gr.Button(
                         "Cancel", variant="stop", elem_id="perplexity-cancel", min_width=80, visible="hidden"
                     )
-                line = gr.HTML(elem_id="perplexity-line", padding=False)
+                line = gr.HTML(elem_id="perplexity-line", elem_classes="tight", padding=False)
         table = gr.HTML(elem_id="perplexity-table", padding=False)
-        with gr.Row(elem_id="perplexity-forget-row"):
+        with gr.Row(elem_id="perplexity-forget-row", elem_classes="flow"):
             forget = gr.Button(
                 "Empty the table", size="sm", elem_id="perplexity-forget", min_width=90, visible="hidden"
             )

@@ -81,25 +81,25 @@ def build() -> TrainingTab:
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
             source, data_format = _data()
-            with gr.Row(elem_id="training-look-row"):
+            with gr.Row(elem_id="training-look-row", elem_classes="flow"):
                 look = _button("Look at the examples", "look")
             fields = build_fields()
         with gr.Column(scale=5, min_width=320, elem_id="training-state"):
-            model = gr.HTML(elem_id="training-model", padding=False)
+            model = gr.HTML(elem_id="training-model", elem_classes="tight", padding=False)
             fix = _button("", "fix", variant="primary", visible="hidden")
             name = gr.Textbox(
                 label="Name of the LoRA", info="Its folder under loras/.", elem_id="training-name", max_lines=1,
                 placeholder="pirate",
             )  # fmt: skip
-            with gr.Row(elem_id="training-start-row"):
+            with gr.Row(elem_id="training-start-row", elem_classes="flow"):
                 start = gr.Button("Train", variant="primary", elem_id="training-start", min_width=120)
-            line = gr.HTML(elem_id="training-line", padding=False)
-            with gr.Row(elem_id="training-ask"):
+            line = gr.HTML(elem_id="training-line", elem_classes="tight", padding=False)
+            with gr.Row(elem_id="training-ask", elem_classes="flow"):
                 unload = _button("", "unload", variant="primary", visible="hidden")
                 anyway = _button("Train anyway: memory may run out", "anyway", variant="stop", visible="hidden")
                 no = _button("Not now", "no", visible="hidden")
-            card = gr.HTML(elem_id="training-card", padding=False)
-            with gr.Row(elem_id="training-buttons"):
+            card = gr.HTML(elem_id="training-card", elem_classes="tight", padding=False)
+            with gr.Row(elem_id="training-buttons", elem_classes="flow"):
                 pause = _button("Pause", "pause", visible="hidden")
                 keep = _button("Stop and keep", "keep", visible="hidden")
                 cancel = _button("Cancel", "cancel", variant="stop", visible="hidden")
@@ -110,10 +110,10 @@ def build() -> TrainingTab:
                     choices=[], label="Unfinished trainings", elem_id="training-run", interactive=True,
                     info="Paused, or ended by a crash: each goes on from its last checkpoint.",
                 )  # fmt: skip
-                with gr.Row(elem_id="training-run-buttons"):
+                with gr.Row(elem_id="training-run-buttons", elem_classes="flow"):
                     resume, discard = _button("Resume", "resume"), _button("Delete it", "discard")
-            estimate = gr.HTML(elem_id="training-estimate", padding=False)
-            preview = gr.HTML(elem_id="training-preview", padding=False)
+            estimate = gr.HTML(elem_id="training-estimate", elem_classes="tight", padding=False)
+            preview = gr.HTML(elem_id="training-preview", elem_classes="tight", padding=False)
     perplexity = perplexity_card.build()
     sync = gr.Button("sync", visible="hidden", elem_id="sync-training")
     return TrainingTab(

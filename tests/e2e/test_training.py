@@ -91,7 +91,8 @@ def test_start_watch_the_curve_stop_apply_and_compare(server: Server, open_page:
     paste(page, lesson())
     set_options(page, rank=8, learning_rate=0.005, batch_size=2, cutoff=64, evaluation_share=0, max_steps=200)
     page.locator("#training-start").click()
-    expect(page.locator("#training-line .error")).to_contain_text("name")  # it has none yet
+    expect(page.locator("#training-line .error")).to_be_visible()  # it has no name yet
+    expect(page.locator("#training-line .error")).to_contain_text("cannot be the name of a LoRA")
     page.locator("#training-name").locator("input, textarea").fill("barrels")
     page.locator("#training-start").click()
     card = page.locator("#training-card")
@@ -156,6 +157,7 @@ def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_pag
     page = training(open_page(server))
     page.get_by_role("button", name="Perplexity").click()
     page.locator("#perplexity-start").click()
+    expect(page.locator("#perplexity-line .error")).to_be_visible()
     expect(page.locator("#perplexity-line .error")).to_contain_text("no text")
     page.locator("#perplexity-from").get_by_text("Paste text").click()
     page.locator("#perplexity-paste textarea").fill("The quick brown fox jumps over the lazy dog. " * 20)
