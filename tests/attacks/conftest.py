@@ -70,6 +70,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 def load(url: str) -> None:
     """Have the model loaded, with a short context, so that every answer ends soon."""
+    info = httpx.get(f"{url}/v1/internal/model/info", headers=ADMIN, timeout=30).json()
+    if (info["model_name"], info["context_tokens"]) == (MODEL, 64):
+        return
     body = {"model_name": MODEL, "args": {"ctx_size": 64}}
     answer = httpx.post(f"{url}/v1/internal/model/load", json=body, headers=ADMIN, timeout=120)
     assert answer.status_code == 200, answer.text

@@ -19,12 +19,12 @@ from schemathesis.core.result import Ok
 from tests.attacks.conftest import ADMIN, MODEL, Target, load
 
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/internal/encode", "/v1/internal/decode")
-FEW, MANY = 15, 40  # requests of a route, in each way
+FEW, MANY = 10, 30  # requests of a route, in each way
 # Raw JSON, since no library writes most of it.
 LITERALS = (
-    "NaN", "-Infinity", "1e999", "-1e999", "1" * 400, "1" * 5000, "9223372036854775808", "-1", "0.5", "true", "null",
-    '""', '"\\ud800"', '"\\u0000"', '"' + "x" * 100_000 + '"', '"../../secret.yaml"', "[]", "{}", "[[[]]]", "[null]",
-    '{"": {}}', '[{"role": "user"}]', "[" * 100_000, "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900,
+    "NaN", "-Infinity", "1e999", "1" * 400, "1" * 5000, "9223372036854775808", "-1", "true", "null", '""', '"\\ud800"',
+    '"\\u0000"', '"' + "x" * 100_000 + '"', "[]", "{}", "[null]", '{"": {}}', "[" * 100_000,
+    '{"a":' * 900 + "1" + "}" * 900,
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_no_route_fails_whatever_schemathesis_makes_of_its_description(loaded: T
                     failed.append(f"{operation.label} {str(case.body)[:300]} {case.query}: {wrong}")
     assert not failed
     for path in GENERATING:
-        assert statuses[path, 200] >= 3, statuses  # not refused for a reason that has nothing to do with the request
+        assert statuses[path, 200] >= 2, statuses  # not refused for a reason that has nothing to do with the request
 
 
 def cases(operation: Any, mode: GenerationMode, count: int) -> Iterator[Any]:

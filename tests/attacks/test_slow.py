@@ -96,6 +96,7 @@ def test_a_flood_of_headers_is_refused(target: Target) -> None:
 
 def test_slow_senders_hold_nobody_up(target: Target) -> None:
     """Three hundred connections whose requests do not come to an end: in their head, or in their body."""
+    load(target.url)
     open_connections = [connected(target) for _ in range(300)]
     try:
         for number, connection in enumerate(open_connections):

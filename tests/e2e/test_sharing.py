@@ -101,7 +101,8 @@ def behind_nginx(tmp_path: Path) -> Iterator[Callable[[str], str]]:
         )
         (folder / "nginx.conf").write_text(
             f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}} "
-            f"http {{ {temporary} access_log off; server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {file}; ssl_certificate_key {key};\n"
+            f"http {{ {temporary} access_log off; server {{ listen 127.0.0.1:{port} ssl; "
+            f"ssl_certificate {file}; ssl_certificate_key {key};\n"
             f"{location[0].replace('http://127.0.0.1:7860', url)}\n}} }}"
         )
         running.append(subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"]))
