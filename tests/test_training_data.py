@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modules.errors import BrokenData
+from modules.errors import BrokenData, HubUnreachable
 from modules.training import data, hub
 from modules.training.messages import DataFile
 from tests import trainings
@@ -130,6 +130,18 @@ def test_data_comes_from_one_place(tmp_path: Path) -> None:
 )
 def test_a_data_set_is_named_as_on_the_hub(text: str, parts: tuple[str, str, str]) -> None:
     assert hub.parts(text) == parts
+
+
+def test_the_rows_of_a_data_set_become_lines(tmp_path: Path) -> None:
+    """The real library, which takes a folder beside the file that is written for a data set too."""
+    pytest.importorskip("datasets")
+    (tmp_path / "lesson").mkdir()
+    trainings.jsonl(tmp_path / "lesson" / "train.jsonl", [CHAT, CHAT])
+    hub.fetch("lesson:train", tmp_path / "rows.jsonl")
+    found = data.read(DataFile(str(tmp_path / "rows.jsonl")))
+    assert [example.kind for example in found.examples] == ["chat", "chat"]
+    with pytest.raises(HubUnreachable, match="nothing/there"):
+        hub.fetch("nothing/there", tmp_path / "rows.jsonl")
 
 
 def test_a_name_of_no_data_set_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def main(name: str, config: str, split: str, file: str) -> None:
     """Runs in the process of its own."""
     from datasets import load_dataset
 
+    os.chdir(Path(file).parent)  # a folder of this machine is not to be taken for a data set of that name
     rows = load_dataset(name, config or None, split=split, streaming=True)
     with open(file, "w", encoding="utf-8") as out:
         for number, row in enumerate(rows):
