@@ -73,8 +73,10 @@ class Training:
         options = self.options(values)
         self._loaded()
         with reading.on_disk(data.path, data.text, data.hub, data.data_format, self._runs_dir) as file:
-            answer = self._front().ask(PREVIEW, PreviewOrder(file, options, examples))
-        preview = decode(answer["preview"])
+            return self._look(file, options, examples)
+
+    def _look(self, file: DataFile, options: TrainingOptions, examples: int) -> Preview:
+        preview = decode(self._front().ask(PREVIEW, PreviewOrder(file, options, examples))["preview"])
         if not isinstance(preview, Preview):
             raise AssertionError(f"the worker answered with {type(preview).__name__}")
         return preview
@@ -143,7 +145,11 @@ class Training:
         folder, out = self._new_folders(name)
         with reading.on_disk(data.path, data.text, data.hub, data.data_format, self._runs_dir) as file:
             found = reading.read(file)
-            room, notes = self._room(source, options, found.longest_tokens, unload=unload, anyway=anyway)
+            longest = found.longest_tokens
+            if load is None:  # by the loaded model's tokens, so that what was shown before is what is done
+                preview = self._look(file, options, 0)
+                longest = preview.longest if preview.counted == preview.total else longest
+            room, notes = self._room(source, options, longest, unload=unload, anyway=anyway)
             self._check_disk(file)
             kept = DataFile(str(folder / f"data{Path(file.path).suffix}"), found.data_format, file.name)
             order = TrainOrder(
