@@ -178,6 +178,8 @@ def train(service: Service, file: Path, *, anyway: bool = False) -> int:
     if state.trained is None:
         raise state.error or UserError("Nothing was trained.")
     made = state.trained
+    for note in state.notes[len(order.notes) :]:
+        say(f"note: {note}")
     measured = "" if made.evaluation_loss is None else f", {made.evaluation_loss:.4f} on the examples kept aside"
     say(f"{made.steps} steps, {made.tokens_per_second:,.0f} tokens/s; loss {made.loss:.4f}{measured}; the LoRA is that "
         f"of step {made.step}")  # fmt: skip

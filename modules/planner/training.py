@@ -70,7 +70,7 @@ def training_plan(
             "the process": _process_bytes(device, facts, options),
             "LoRA and optimizer": parameters * _TRAINED_BYTES,
             "activations": batch_tokens * _activation_bytes(checkpoint, targets, training, element),
-            "logits": batch_tokens * reading.number(checkpoint.config, "vocab_size") * _LOGIT_BYTES,
+            "logits": batch_tokens * reading.number(reading.text_part(checkpoint.config), "vocab_size") * _LOGIT_BYTES,
         },
         parameters=parameters,
         on=device.name,

@@ -60,8 +60,8 @@ def gptq() -> Path:
     ("model", "how"),
     [
         (None, {"bf16": True}),
-        (None, {"load_in_8bit": True}),
-        (None, {"load_in_4bit": True, "use_double_quant": True}),
+        (None, {"load_in_8bit": True, "quantized_cache": True}),
+        (None, {"load_in_4bit": True, "use_double_quant": True, "quantized_cache": True}),
         (gptq, {"disable_exllama": True, "quantization": "gptq"}),
     ],
     ids=["bf16", "int8", "nf4", "gptq"],
@@ -80,7 +80,7 @@ def test_the_real_model_learns_a_fact_from_twenty_lines_as_with_a_bare_script_an
     if "bf16" in how:
         for loss, bare in zip(losses, bare_losses(order), strict=False):
             assert loss == pytest.approx(bare, rel=0.02)
-    one = load(source, tmp_path / "work", **how)
+    one = load(source, tmp_path, **how)
     one.adapters.apply((loras.choice(Path(made.path)),))
     assert answer(one).startswith(trainings.FACT[:32])
 

@@ -55,6 +55,7 @@ class TrainJob:
         self._state = TrainState()
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: Literal["", "pause", "keep", "cancel"] = ""
+        self._closed = False
 
     def state(self) -> TrainState:
         with self._changed:
@@ -78,6 +79,8 @@ class TrainJob:
         Raises what ``prepare`` raises: then nothing was begun.
         """
         with self._changed:
+            if self._closed:
+                raise Cancelled("Loadstone is shutting down.")
             if self._state.running:
                 raise Busy(f"{self._state.name} is being trained.", "Wait for it to finish, pause it, or cancel it.")
             prepare()
@@ -119,8 +122,9 @@ class TrainJob:
         self.wait_over()
 
     def close(self) -> None:
-        """End the process where one runs; the run can go on with the next start."""
+        """End the process where one runs; the run can go on with the next start. Nothing can begin afterwards."""
         with self._changed:
+            self._closed = True
             process = self._process
         if process is not None:
             end(process)
@@ -139,7 +143,7 @@ class TrainJob:
             error = problem
         except Exception as problem:
             error = WorkerCrashed(f"Training failed: {type(problem).__name__}: {problem}")
-        if room.name:
+        if room.name and not self._closed:
             with contextlib.suppress(LoadstoneError):  # another load is under way: the user's choice stands
                 room.bring_back()
         with self._changed:
@@ -196,7 +200,7 @@ class TrainJob:
         """Give the order to the process; False where it was cancelled before."""
         with self._changed:
             self._process = process
-            if self._asked == "cancel":
+            if self._asked == "cancel" or self._closed:
                 return False
             with contextlib.suppress(BrokenPipeError):  # it ended at once: its log tells why
                 assert process.stdin is not None

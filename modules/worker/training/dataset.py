@@ -29,6 +29,18 @@ class Counts:
     left_out: int = 0
     longest: int = 0  # tokens, before cutting
 
+    def notes(self) -> tuple[str, ...]:
+        """What of this deserves a word."""
+        notes = []
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {self.total} examples are longer than the cut-off; the longest has "
+                f"{self.longest:,} tokens."
+            )
+        if self.left_out:
+            notes.append(f"{self.left_out} examples teach nothing: their answer lies behind the cut-off.")
+        return tuple(notes)
+
 
 @dataclass(frozen=True)
 class Lesson:

@@ -105,6 +105,15 @@ class Loop(Trainer):  # type: ignore[misc]
         self.watch.tokens += sum(int(_real(batch).sum()) for batch in batches)
         return batches, items
 
+    # --- devices: the model lies where the plan has put it, which need not be where the Trainer thinks ---
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.model.get_input_embeddings().weight.device
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs).to(self.args.device)
+
     # --- measuring ---
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -196,12 +205,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.emit(
             TrainStarted(
                 state.global_step, state.max_steps, len(lesson.train), len(lesson.evaluation), lesson.tokens,
-                lesson.learned_tokens, sum(tensor.numel() for tensor in trained.values()),
+                lesson.learned_tokens, sum(tensor.numel() for tensor in trained.values()), lesson.counts.notes(),
             )
         )  # fmt: skip
+        best = self.loop.best.get("step")
         for past in state.log_history:  # of the run that is gone on with
             if "loss" in past:
                 self.emit(_step(past, 0.0, 0.0, None))
+            elif "eval_loss" in past:
+                self.emit(TrainEvaluation(past["step"], past["eval_loss"], past["step"] == best))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.loop.sampler.epoch = int(state.epoch or 0)

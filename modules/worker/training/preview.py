@@ -41,7 +41,7 @@ def preview(order: PreviewOrder, model: Any, tokenizer: Any) -> Preview:
         total=total, counted=counts.total, tokens=counts.tokens, learned_tokens=counts.learned_tokens,
         cut=counts.cut, left_out=counts.left_out, longest=counts.longest,
         steps=_steps(kept, counts, whole_share, order.options), matmul_flops=matmul_flops(model),
-        notes=(*found.notes, *notes, *_advice(counts)),
+        notes=(*found.notes, *notes, *counts.notes()),
     )  # fmt: skip
 
 
@@ -70,18 +70,6 @@ def _steps(kept: list[Encoded], counts: Counts, share: float, options: TrainingO
     if options.packing:
         rows = sum(len(one.ids) for one in train) * share / options.cutoff + 1
     return steps_for(max(1, round(rows)), options)
-
-
-def _advice(counts: Counts) -> tuple[str, ...]:
-    notes = []
-    if counts.cut:
-        notes.append(
-            f"{counts.cut} of {counts.total} examples are longer than the cut-off; the longest has "
-            f"{counts.longest:,} tokens."
-        )
-    if counts.left_out:
-        notes.append(f"{counts.left_out} examples teach nothing: their answer lies behind the cut-off.")
-    return tuple(notes)
 
 
 def matmul_flops(model: Any) -> float:
