@@ -8,7 +8,20 @@ import sys
 
 from tests.benchmarks.common import Row
 
-NAMES = ("start", "listing", "plan", "memory", "load", "repeat", "stream", "download", "loras", "alpha", "training")
+NAMES = (
+    "start",
+    "listing",
+    "plan",
+    "memory",
+    "load",
+    "repeat",
+    "stream",
+    "many",
+    "download",
+    "loras",
+    "alpha",
+    "training",
+)
 
 
 def main() -> int:
