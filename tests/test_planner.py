@@ -258,3 +258,16 @@ def test_a_plan_does_not_touch_its_inputs(llama_70b: Checkpoint) -> None:
     first = plan(llama_70b, LoadOptions(), machine(24), ctx_tokens=8192)
     assert plan(llama_70b, LoadOptions(), machine(24), ctx_tokens=8192) == first
     assert json.dumps(dict(llama_70b.config), sort_keys=True) == before
+
+
+def test_memory_for_many_answers_at_once_is_planned(llama_70b: Checkpoint) -> None:
+    def planned(**options: Any) -> Plan:
+        return plan(llama_70b, LoadOptions(**options), machine(80, 80), ctx_tokens=8192)
+
+    def cache(one: Plan) -> int:
+        return sum(device.kv_cache_bytes for device in one.devices)
+
+    assert cache(planned(batch_tokens=32768)) == 4 * cache(planned())
+    assert cache(planned(batch_tokens=4096)) == cache(planned())  # one answer has the whole context
+    working = [max(device.working_bytes for device in planned(max_batch=count).devices) for count in (1, 256)]
+    assert working[0] <= working[1]
