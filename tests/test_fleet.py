@@ -74,12 +74,17 @@ def test_a_failed_load_brings_back_what_made_room(two: Ships) -> None:
     assert two.fleet.front.snapshot().state is State.FAILED
 
 
-def test_a_second_load_is_refused_while_one_is_under_way(two: Ships) -> None:
-    two.load("first")
-    two.fleet.load(order("slow second"), beside=True)
-    with pytest.raises(Busy):
-        two.fleet.load(order("third"), beside=True)
-    two.fleet.front.cancel()
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("before", ["", "first"])
+def test_a_second_load_is_refused_while_one_is_under_way(most: int, before: str) -> None:
+    with fleets(most=most) as ships:
+        if before:
+            ships.load(before)
+        ships.fleet.load(order("slow second"), beside=True)
+        with pytest.raises(Busy, match="is loading slow second"):
+            ships.fleet.load(order("third"), beside=True)
+        ships.fleet.front.cancel()
+        assert ships.names() == ([before] if before else [])
 
 
 def test_unloading_the_shown_one_shows_the_other(two: Ships) -> None:

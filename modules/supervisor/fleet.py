@@ -119,7 +119,7 @@ class Fleet:
     def full(self, name: str) -> bool:
         """Whether one has to end before ``name`` can be loaded, however much memory there is."""
         with self.changed:
-            return sum(1 for slot in self._slots if slot.name not in ("", name)) >= self.most
+            return sum(1 for slot in self._slots if slot.name != name and (slot.name or slot.busy)) >= self.most
 
     # --- using them ---
 
@@ -183,11 +183,11 @@ class Fleet:
         if self.closed:
             raise Cancelled("Loadstone is shutting down.")
         for slot in self._slots:
-            if slot.closing or (len(self._slots) > 1 and slot.busy):
-                order = slot.supervisor.snapshot().order
-                raise Busy(
-                    f"Loading {name} has to wait: the place of {order.name if order else 'a model'} is changing hands."
-                )
+            if slot.closing or slot.busy:
+                snapshot = slot.supervisor.snapshot()
+                loading = snapshot.order if snapshot.state in LOAD_STATES else None
+                what = f"loading {loading.name}" if loading else "ending a model"
+                raise Busy(f"Loading {name} has to wait: Loadstone is {what}.")
 
     def unload(self, name: str = "") -> None:
         """End that model, or the front one and its load. Raises ModelNotFound where it is not loaded."""
