@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from modules.errors import BrokenDownload
 from modules.hub.choosing import RemoteFile
 from modules.hub.job import Order
-from modules.hub.placing import PART, new_hash
+from modules.hub.placing import PART, is_whole, new_hash
 from modules.hub.problems import Asked, explained, is_temporary, retry_after_s
 
 CHUNK_BYTES = 1 << 20
@@ -232,21 +232,36 @@ def fetch_by_xet(order: Order, file: RemoteFile, moved: Callable[[int], None]) -
     from huggingface_hub.file_download import xet_get
     from huggingface_hub.utils import build_hf_headers
 
+    url = hf_hub_url(order.repo, file.name, revision=order.commit, endpoint=order.endpoint)
+    metadata = get_hf_file_metadata(url, endpoint=order.endpoint)
+    stored = metadata.xet_file_data
+    if stored is None:
+        raise BrokenDownload(f"{file.name} is larger than the Hub gives by HTTP, and not in Xet storage.")
+
+    def bring(part: Path) -> None:
+        xet_get(incomplete_path=part, xet_file_data=stored, headers=build_hf_headers(), expected_size=file.size)
+
+    bring_whole(order, file, moved, bring)
+
+
+def bring_whole(order: Order, file: RemoteFile, moved: Callable[[int], None], bring: Callable[[Path], None]) -> None:
+    """Have somebody else write the file, and put it in the partial folder once its hash is the one that is listed.
+
+    Raises BrokenDownload where it is not, and what ``bring`` raises.
+    """
     target = Path(order.partial, file.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}{PART}")
     part.unlink(missing_ok=True)
-    url = hf_hub_url(order.repo, file.name, revision=order.commit, endpoint=order.endpoint)
-    metadata = get_hf_file_metadata(url, endpoint=order.endpoint)
-    if metadata.xet_file_data is None:
-        raise BrokenDownload(f"{file.name} is larger than the Hub gives by HTTP, and not in Xet storage.")
     watched = threading.Event()
     threading.Thread(target=_watch, args=(part, moved, watched), name="xet-size", daemon=True).start()
     try:
-        xet_get(incomplete_path=part, xet_file_data=metadata.xet_file_data, headers=build_hf_headers(),
-                expected_size=file.size)  # fmt: skip
+        bring(part)
     finally:
         watched.set()
+    if not is_whole(part, file):
+        part.unlink(missing_ok=True)
+        raise BrokenDownload(f"{file.name} of {order.repo} is not what the Hub lists: its size or hash is another.")
     part.rename(target)
 
 

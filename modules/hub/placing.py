@@ -155,7 +155,7 @@ def settle(order: Order) -> None:
     earlier = read_record(target)
     if target.is_dir():
         for path in _others(order, target, earlier):
-            link(path, partial / path.relative_to(target))
+            _take_along(path, partial / path.relative_to(target))
     write_record(partial, order, earlier)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = partial.with_name(f"{partial.name}.replaced")
@@ -171,12 +171,28 @@ def settle(order: Order) -> None:
     remove_tree(aside)
 
 
+def _take_along(source: Path, target: Path) -> None:
+    """Put what lies in the old folder into the new one: links as they are, folders that are empty too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        if not os.path.lexists(target):  # else the new one brings a folder of that name
+            target.symlink_to(os.readlink(source))
+    elif source.is_dir():
+        target.mkdir(exist_ok=True)
+    else:
+        link(source, target)
+
+
 def _others(order: Order, target: Path, earlier: Record | None) -> Iterator[Path]:
-    """The files of the old folder that the new one does not bring and that are not remains of an older commit."""
+    """What the old folder holds, the new one does not bring and is no remainder of an older commit: files, links,
+    empty folders.
+    """
     brought = {file.name for file in order.files} | {RECORD}
     stale = _stale(order, earlier)
-    for place, _, names in os.walk(target):
-        for name in names:
+    for place, folders, names in os.walk(target):
+        links = [name for name in folders if Path(place, name).is_symlink()]  # not walked into
+        empty = [name for name in folders if name not in links and not os.listdir(Path(place, name))]
+        for name in (*names, *links, *empty):
             path = Path(place, name)
             relative = path.relative_to(target).as_posix()
             if relative not in brought and relative not in stale:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from modules.errors import BrokenDownload, Busy, DiskFull, HubUnreachable, LoadstoneError, UnsafeCheckpoint, UserError
 from modules.hub import placing
-from modules.hub.fetching import Patience
+from modules.hub.fetching import Patience, bring_whole
 from modules.hub.job import Order
 from modules.hub.placing import read_record
 from modules.hub.running import run
@@ -110,6 +110,46 @@ def test_a_second_file_joins_the_first(hub: Hub, tmp_path: Path) -> None:
     record = read_record(tmp_path / "user_model")
     assert record is not None
     assert set(record.files) == {"a-Q4_0.gguf", "a-Q8_0.gguf"}
+
+
+def test_what_somebody_put_into_the_folder_stays_as_it_is(hub: Hub, tmp_path: Path) -> None:
+    """Links to files and folders, also those that lead nowhere, and empty folders; through an update."""
+    fetch(order_for(hub, tmp_path))
+    folder, elsewhere = tmp_path / "user_model", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "notes.txt").write_text("mine")
+    links = {
+        "file": elsewhere / "notes.txt",
+        "folder": elsewhere,
+        "nowhere": tmp_path / "gone",
+        "inside": Path("config.json"),
+    }
+    for name, leads in links.items():
+        (folder / name).symlink_to(leads)
+    (folder / "empty" / "too").mkdir(parents=True)
+    (folder / "model.safetensors").unlink()
+    fetch(order_for(hub, tmp_path))
+    assert {name: (folder / name).readlink() for name in links} == links
+    assert (folder / "inside").read_bytes() == (folder / "config.json").read_bytes()
+    assert (folder / "empty" / "too").is_dir()
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_another_library_brings_is_hashed_too(hub: Hub, tmp_path: Path, right: bool) -> None:
+    """As hf_xet does, for the files that the Hub does not give by HTTP."""
+    order = order_for(hub, tmp_path)
+    file = next(file for file in order.files if file.name == "model.safetensors")
+    content = bytes_of(hub.repos["user/model"].branches["main"][file.name])
+    part = Path(order.partial, file.name)
+
+    def bring(path: Path) -> None:
+        path.write_bytes(content if right else content[:-1] + bytes([content[-1] ^ 1]))
+
+    with contextlib.nullcontext() if right else pytest.raises(BrokenDownload, match="not what the Hub lists"):
+        bring_whole(order, file, lambda _: None, bring)
+    assert part.is_file() is right
+    assert list(part.parent.iterdir()) == ([part] if right else [])
 
 
 def test_repair_fetches_only_what_is_broken(hub: Hub, tmp_path: Path) -> None:
