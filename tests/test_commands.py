@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from modules.training import runs
 from tests import checkpoints, lora_files, loras, trainings
 from tests.conftest import ROOT, wait_until
 
@@ -116,6 +119,20 @@ def training_file(home: Path, **changes: object) -> Path:
     return file
 
 
+@contextmanager
+def serving(home: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, under way; it is ended afterwards. Ctrl-C reaches it from a shell's background too."""
+    server = subprocess.Popen(
+        command(home, *words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_a_training_goes_on_after_the_server_was_killed_to_the_same_lora(tmp_path: Path) -> None:
     (broken := tmp_path / "broken").mkdir()
     (whole := tmp_path / "whole").mkdir()
@@ -128,19 +145,21 @@ def test_a_training_goes_on_after_the_server_was_killed_to_the_same_lora(tmp_pat
 
     words = ("--train", str(training_file(broken)))
     checkpoints_of = broken / "models" / ".cache" / "training" / "lesson"
-    server = subprocess.Popen(command(broken, *words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    try:
+    with serving(broken, *words) as server:
         wait_until(lambda: server.poll() is not None or any(checkpoints_of.glob("checkpoint-*")), 120)
         server.send_signal(signal.SIGKILL)
-    finally:
-        server.kill()
-        server.wait()
     assert not (broken / "loras" / "lesson").exists(), "killed too late"
 
     other = run(broken, "--train", str(training_file(broken, rank=8)))
     assert other.returncode == 2
     assert "begun with other options" in other.stderr
-    again = run(broken, "--train", str(training_file(broken)))
+    ((killed_at, _),) = runs.checkpoints(checkpoints_of)
+    training_file(broken)
+    with serving(broken, *words) as server:
+        wait_until(lambda: server.poll() is not None or runs.checkpoints(checkpoints_of)[-1][0] > killed_at, 120)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130, "paused"
+    again = run(broken, *words)
     assert again.returncode == 0, again.stderr
     assert "Going on with lesson from step" in again.stderr
     mine, theirs = (load_file(home / "loras" / "lesson" / "adapter_model.safetensors") for home in (broken, whole))
