@@ -1,57 +1,7 @@
 """The error tree: everything Loadstone raises on purpose is one of these.
 
-::
-
-    LoadstoneError
-    ├── UserError                    what the user can mend (exit status 2)
-    │   ├── OptionError              one option's value cannot be used
-    │   │   └── OptionConflict       two options exclude each other, or the model
-    │   ├── SettingsError            a settings file has a bad key, value or syntax
-    │   ├── ModelNotFound            no such model in any model folder
-    │   ├── BrokenCheckpoint         the files are damaged or incomplete
-    │   │   ├── UnsafeCheckpoint     a pickle with code, or names that leave the folder
-    │   │   ├── BrokenTemplate       the model's chat template runs for ever, or writes without end
-    │   │   └── NotAModel            a folder or file that holds no model
-    │   ├── UnsupportedModel         an architecture or format no loader takes
-    │   ├── AdapterError             a LoRA cannot be used
-    │   │   ├── AdapterNotFound      no such LoRA, or its folder is gone
-    │   │   └── AdapterMismatch      it was made for another model
-    │   ├── CustomCodeRefused        the model brings Python code that nobody allowed
-    │   ├── MissingPackage           an optional package is needed
-    │   ├── OutOfMemory              a GPU or the RAM is too small for what was asked
-    │   │   └── NoPlace              as many models as may be are loaded, and all are pinned
-    │   ├── DiskFull                 no space where something has to be written
-    │   ├── NothingLoaded            asked to use a model while none is loaded
-    │   ├── Busy                     another load is under way
-    │   ├── RequestTooLong           the prompt does not fit the context
-    │   ├── NotOnHub                 the Hub has no such repository, branch or file, or shows it to nobody like you
-    │   ├── HubTokenRefused          the Hub does not know the token, or wants one
-    │   ├── HubForbidden             the token's owner may not read the repository
-    │   │   └── LicenceNotAccepted   … before the licence is accepted on the Hub
-    │   ├── ModelInUse               what is to be deleted or replaced is loaded, or being downloaded
-    │   ├── PortInUse                the port for the page is taken
-    │   ├── UnsupportedParameter     a request asks for what this server or this model does not do
-    │   ├── RequestTooLarge          the request's body is too long to be looked at
-    │   ├── RequestTooSlow           … or comes so slowly that somebody may mean to hold the connection
-    │   ├── Overloaded               too many answers are waited for already
-    │   ├── LoadPending              the model that a request waits for has not been loaded in time
-    │   ├── BrokenData               what a LoRA is to be trained on cannot be read as examples
-    │   ├── NameTaken                something of that name is there, and is not overwritten
-    │   ├── NotTrainable             the model cannot be trained as it is loaded
-    │   ├── MustUnload               there is no room beside the loaded model, and nobody said that it may go
-    │   ├── TrainingDiverged         the loss became infinite or no number
-    │   └── AccessRefused            the request came from a place, or from somebody, that may not ask
-    │       ├── LoginRequired        … without a login or a key that is known
-    │       └── TooManyAttempts      … after too many that were wrong
-    └── InternalError                what the user cannot mend (exit status 1)
-        ├── Cancelled                the user stopped it
-        ├── WorkerCrashed            the model's process ended by itself
-        │   └── WorkerKilled         … by a signal: out of memory, most likely
-        ├── WorkerTimeout            the model's process does not answer
-        ├── HubUnreachable           the network or the Hub fails, after tries
-        ├── BrokenDownload           what came is not what the Hub promises
-        ├── WrongResult              what was loaded is not what was asked for
-        └── LoadFailed               a library raised something we do not know
+Two branches: :class:`UserError` is what the user can mend (exit status 2), :class:`InternalError` the rest (exit
+status 1). The title and remedy of a class say what it means; README's table of errors is made of them.
 
 ``kind`` is stable and for programs; ``message`` says what happened, with names and numbers; ``hint``
 says what to change; ``fix`` holds option values that would mend it, for a button. Only the edge (page,
@@ -75,12 +25,7 @@ class LoadstoneError(Exception):
     remedy: ClassVar[str] = ""  # the general advice, for README's troubleshooting and as default hint
 
     def __init__(
-        self,
-        message: str,
-        hint: str = "",
-        *,
-        fix: Mapping[str, Any] | None = None,
-        details: str = "",
+        self, message: str, hint: str = "", *, fix: Mapping[str, Any] | None = None, details: str = ""
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -93,13 +38,8 @@ class LoadstoneError(Exception):
 
     def to_dict(self) -> dict[str, Any]:
         """The error as JSON-ready data; :func:`error_from_dict` makes it again."""
-        return {
-            "kind": self.kind,
-            "message": self.message,
-            "hint": self.hint,
-            "fix": self.fix,
-            "details": self.details,
-        }
+        told = {"kind": self.kind, "message": self.message, "hint": self.hint}
+        return {**told, "fix": self.fix, "details": self.details}
 
 
 class UserError(LoadstoneError):
