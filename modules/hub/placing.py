@@ -24,6 +24,7 @@ from modules.hub.job import Order
 
 RECORD = ".download.json"  # hidden: no scan of a folder takes it for a part of the model
 PART = ".part"
+REMOVED = ".removed"  # in the name of a folder that is being removed
 _CHUNK_BYTES = 1 << 20
 
 
@@ -207,12 +208,15 @@ def _stale(order: Order, earlier: Record | None) -> set[str]:
 
 
 def remove_forgotten(root: Path, known: set[str], older_than_s: float = 14 * 86_400) -> None:
-    """Remove what no download of ``known`` keys has touched for so long: nobody will go on with it."""
+    """Remove what no download of ``known`` keys has touched for so long: nobody will go on with it. And what an
+    earlier server was still removing.
+    """
     limit = time.time() - older_than_s
     folder = root / ".cache" / "downloads"
     for path in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(OSError):
-            if path.name.partition(".")[0] not in known and path.lstat().st_mtime < limit:
+            forgotten = path.name.partition(".")[0] not in known and path.lstat().st_mtime < limit
+            if forgotten or REMOVED in path.name:
                 remove_tree(path) if path.is_dir() else path.unlink()
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,8 @@ class DownloadQueue:
         self._running: dict[str, _Running] = {}
         self._started = False
         self._closed = False
+        self._unsaved = False
+        self._saver: threading.Thread | None = None  # while there is something to write
 
     # --- what there is ---
 
@@ -84,8 +87,7 @@ class DownloadQueue:
     def shown(self) -> int:
         """A number that changes with what a page shows of the downloads.
 
-        Without the lock, which is held while files are written and removed: the event loop asks for it. A list is made
-        of the jobs in one step, and none of them changes.
+        Without the lock: the event loop asks for it. A list is made of the jobs in one step, and none of them changes.
         """
         jobs = list(self._jobs.values())
         return crc32(repr([(j.key, j.state.value, j.done_bytes, j.stage, str(j.error)) for j in jobs]).encode())
@@ -161,9 +163,12 @@ class DownloadQueue:
             for one in running:
                 _kill(one)
             self._changed.notify_all()
+            saver = self._saver
         for one in running:
             if one.process:
                 one.process.wait()
+        if saver:
+            saver.join()
 
     # --- under the lock ---
 
@@ -274,13 +279,25 @@ class DownloadQueue:
     # --- the state file ---
 
     def _save(self) -> None:
-        """A file that cannot be written costs the list after a restart, and no download."""
-        if self._state_file is None:
-            return
-        try:
-            placing.write_json(self._state_file, {"jobs": [job.kept() for job in self._jobs.values()]})
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self._state_file, error)
+        """Have the list written soon, by a thread that does not hold the lock while the disk is at it."""
+        self._unsaved = self._state_file is not None
+        if self._unsaved and self._saver is None:
+            self._saver = threading.Thread(target=self._write_state, name="downloads-state", daemon=True)
+            self._saver.start()
+
+    def _write_state(self) -> None:
+        """Write the list until there is no newer one. A file that cannot be written costs it, and no download."""
+        while True:
+            with self._lock:
+                if not self._unsaved or self._state_file is None:
+                    self._saver = None
+                    return
+                self._unsaved = False
+                data = {"jobs": [job.kept() for job in self._jobs.values()]}
+            try:
+                placing.write_json(self._state_file, data)
+            except OSError as error:
+                log.warning("%s cannot be written: %s", self._state_file, error)
 
     def _read_state(self) -> dict[str, Job]:
         if self._state_file is None:
@@ -338,7 +355,11 @@ def _kill(running: _Running) -> None:
 
 
 def _remove_partial(order: Order) -> None:
+    """Put what has come out of the way at once; large files take the disk a while."""
     partial = Path(order.partial)
-    placing.remove_tree(partial)
+    aside = partial.with_name(f"{partial.name}{placing.REMOVED}-{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(OSError):
+        partial.rename(aside)
+        threading.Thread(target=placing.remove_tree, args=(aside,), name="download-remove", daemon=True).start()
     with contextlib.suppress(OSError):
         partial.with_name(f"{partial.name}.lock").unlink(missing_ok=True)

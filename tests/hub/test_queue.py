@@ -9,15 +9,16 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from modules.errors import BrokenDownload, ModelNotFound
-from modules.hub import DownloadQueue, Job, JobState
+from modules.hub import DownloadQueue, Job, JobState, placing
 from modules.hub.words import job_in_words
 from tests.conftest import wait_until
 from tests.hub.test_running import assert_whole, offered
@@ -107,14 +108,32 @@ def test_cancel_leaves_nothing(slow: Hub, tmp_path: Path) -> None:
             queue.job(key)
 
 
-def test_a_page_that_asks_does_not_wait_for_the_disk(tmp_path: Path) -> None:
-    """Files are written and removed under the queue's lock, and the web server's one event loop asks."""
-    queue = DownloadQueue(None)
-    asked = threading.Thread(target=queue.shown, daemon=True)
-    with queue._lock:
-        asked.start()
-        asked.join(30)
-        assert not asked.is_alive()
+def test_nobody_waits_for_a_disk_that_hangs(slow: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of downloads is being written, and a cancelled one's files removed, for as long as it takes."""
+    goes_on = threading.Event()
+    at_it: list[str] = []
+
+    def hanging(function: Callable[..., None]) -> Callable[..., None]:
+        def hang(*arguments: Any) -> None:
+            at_it.append(function.__name__)
+            assert goes_on.wait(60)
+            function(*arguments)
+
+        return hang
+
+    for name in ("write_json", "remove_tree"):
+        monkeypatch.setattr(placing, name, hanging(getattr(placing, name)))
+    with queue_in(tmp_path) as queue:
+        key = queue.add(order_for(slow, tmp_path)).key
+        wait_for_share(queue, key, 0.1)
+        assert queue.cancel(key).state is JobState.CANCELLED
+        wait_until(lambda: {"write_json", "remove_tree"} <= set(at_it))
+        assert [job.state for job in queue.jobs()] == [JobState.CANCELLED]
+        assert queue.add(order_for(slow, tmp_path)).state in (JobState.WAITING, JobState.RUNNING)  # the same again
+        wait_for_share(queue, key, 0.1)
+        queue.shown()
+        goes_on.set()
+    assert key in (tmp_path / ".cache" / "downloads.json").read_text()
 
 
 def test_the_same_asked_for_twice_is_one_download(slow: Hub, tmp_path: Path) -> None:
