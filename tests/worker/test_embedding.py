@@ -63,9 +63,7 @@ def embedded(loaded: Any, *inputs: Input) -> tuple[Embedded, int]:
 
 
 @pytest.mark.parametrize("batch_tokens", [4096, 20])
-def test_each_vector_is_that_of_its_text_alone(
-    loaded: Any, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_vector_is_that_of_its_text_alone(loaded: Any, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(embedding, "BATCH_TOKENS", batch_tokens)
