@@ -20,7 +20,7 @@ from tests.supervised import until
 from tests.worker.batches import order, tiny_llama
 
 ASKERS, KILLS = 16, 2
-BETWEEN = 40  # whole answers, at least, between one thing and the next
+BETWEEN = 30  # whole answers, at least, between one thing and the next
 LOAD_S = 120.0
 _FLAT_BYTES = 48 * 2**20
 

@@ -33,7 +33,7 @@ OTHER_VALUES: dict[str, Any] = {
     "disk_cache_dir": "offload", "quant_type": "fp4", "compute_dtype": "float32", "use_double_quant": True,
     "ctx_size": 4096, "alpha_value": 1.75, "rope_freq_base": 500_000.0, "compress_pos_emb": 2.0,
     "trust_remote_code": True, "use_fast": False, "attn_implementation": "eager", "disable_exllama": True,
-    "loader": "Transformers", "auto_devices": True, "lora": ("herring:0.5",),
+    "loader": "Transformers", "auto_devices": True, "lora": ("herring:0.5",), "max_batch": 4, "batch_tokens": 12_288,
 }  # fmt: skip
 REFUSED_HERE = {"gpu_memory": (10.0, 6.0), "model": ""}
 

@@ -25,7 +25,7 @@ def desk(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return desk
 
 
-def asking(number: int, adapters: Set | None, tokens: int = 12) -> GenerateOrder:
+def asking(number: int, adapters: Set | None, tokens: int = 9) -> GenerateOrder:
     question = {"role": "user", "content": f"{loras.QUESTION}{' ' * number}"}
     return replace(order(number, tokens), prompt="", messages=(question,), adapters=adapters)
 
