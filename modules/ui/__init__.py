@@ -55,6 +55,7 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
         chat_tab.wire_recall(page, chat, service)
         chat_loras.follow([page.load, sync.click, talk.select], chat.loras, service)
         training_actions.wire(training, service, tabs, chat.loras.beside)
+        training_actions.wire_opening(page, training)
         training_actions.follow([page.load, training.sync.click, train.select], training, service)
         _follow_state(page, service, line, sync, models, chat)
     queue(page)

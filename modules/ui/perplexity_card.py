@@ -37,6 +37,10 @@ class PerplexityCard:
     table: gr.HTML
 
     @property
+    def numbers(self) -> list[Any]:
+        return [self.window, self.stride, self.most]
+
+    @property
     def follows_state(self) -> list[Any]:
         """What :func:`state_updates` updates."""
         return [self.line, self.table, self.measure, self.cancel, self.forget]
@@ -204,7 +208,7 @@ def _forget(service: Service) -> list[Any]:
 
 def wire(card: PerplexityCard, service: Service) -> None:
     """Connect the section's widgets to the service."""
-    inputs = [card.window, card.stride, card.most, *card.source.widgets]
+    inputs = [*card.numbers, *card.source.widgets]
     card.measure.click(partial(_measure, service), inputs, card.follows_state, **DIRECT)
     card.cancel.click(partial(_cancel, service), None, card.follows_state, **DIRECT)
     card.forget.click(partial(_forget, service), None, card.follows_state, **DIRECT)

@@ -22,6 +22,8 @@ from modules.ui.training_views import estimate_card, preview_card
 
 START, RESUME = "start", "resume "
 _TO_PREVIEW = "() => document.getElementById('training-preview').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
+# Gradio 6.31 draws an empty number as 0, which hides what an empty one stands for.
+_EMPTY = "(...numbers) => numbers.map(number => number || null)"
 _HIDDEN = gr.update(visible="hidden")
 
 
@@ -193,6 +195,11 @@ def _wire_looking(tab: TrainingTab, actions: Actions) -> None:
         edits(tab.fields.values()), actions.changed, [tab.looked, *tab.inputs], [*tab.fields.values(), *seen],
         trigger_mode="always_last", **DIRECT,
     )  # fmt: skip
+
+
+def wire_opening(page: gr.Blocks, tab: TrainingTab) -> None:
+    """When the page is opened: numbers that are left to the program are empty, and say what that means."""
+    page.load(None, tab.numbers, tab.numbers, js=_EMPTY)
 
 
 def follow(events: Sequence[Any], tab: TrainingTab, service: Service) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import gradio as gr
 
 from modules.errors import LoadstoneError, NothingLoaded
+from modules.options import TRAINING_OPTIONS
 from modules.service import Service
 from modules.service.training import TrainState
 from modules.training.messages import DATA_FORMATS
 from modules.ui import cards, perplexity_card, text_source
+from modules.ui.form import widget_value
 from modules.ui.model_tab import fix_label
 from modules.ui.training_form import Fields, build_fields
 from modules.ui.training_views import problem_card, run_in_words, training_card
@@ -65,6 +67,12 @@ class TrainingTab:
         return [self.data_format, *self.source.widgets, *self.fields.values()]
 
     @property
+    def numbers(self) -> list[Any]:
+        """The fields that are empty where a number is left to the program."""
+        left = [name for name, spec in TRAINING_OPTIONS.items() if widget_value(spec, spec.default) is None]
+        return [*(self.fields[name] for name in left), *self.perplexity.numbers]
+
+    @property
     def follows_state(self) -> list[Any]:
         """What :func:`state_updates` updates."""
         buttons = [self.start, self.pause, self.keep, self.cancel, self.apply, self.compare]
@@ -105,13 +113,7 @@ def build() -> TrainingTab:
                 cancel = _button("Cancel", "cancel", variant="stop", visible="hidden")
                 apply = _button("Apply it", "apply", variant="primary", visible="hidden")
                 compare = _button("Compare with and without it", "compare", visible="hidden")
-            with gr.Column(visible="hidden", elem_id="training-runs") as runs:
-                run = gr.Dropdown(
-                    choices=[], label="Unfinished trainings", elem_id="training-run", interactive=True,
-                    info="Paused, or ended by a crash: each goes on from its last checkpoint.",
-                )  # fmt: skip
-                with gr.Row(elem_id="training-run-buttons", elem_classes="flow"):
-                    resume, discard = _button("Resume", "resume"), _button("Delete it", "discard")
+            runs, run, resume, discard = _unfinished()
             estimate = gr.HTML(elem_id="training-estimate", elem_classes="tight", padding=False)
             preview = gr.HTML(elem_id="training-preview", elem_classes="tight", padding=False)
     perplexity = perplexity_card.build()
@@ -133,6 +135,17 @@ def _data() -> tuple[text_source.TextSource, gr.Dropdown]:
         filterable=False, interactive=True,
     )  # fmt: skip
     return source, data_format
+
+
+def _unfinished() -> tuple[gr.Column, gr.Dropdown, gr.Button, gr.Button]:
+    with gr.Column(visible="hidden", elem_id="training-runs") as runs:
+        run = gr.Dropdown(
+            choices=[], label="Unfinished trainings", elem_id="training-run", interactive=True,
+            info="Paused, or ended by a crash: each goes on from its last checkpoint.",
+        )  # fmt: skip
+        with gr.Row(elem_id="training-run-buttons", elem_classes="flow"):
+            resume, discard = _button("Resume", "resume"), _button("Delete it", "discard")
+    return runs, run, resume, discard
 
 
 def _button(text: str, name: str, **more: object) -> gr.Button:
