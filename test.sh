@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole gate: format, lint, types, import contracts, README's generated parts, tests.
-# Installs what it needs, a browser included where apt is there. Arguments go to pytest.
+# Installs what it needs, a browser and a proxy included where apt is there. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,9 +13,9 @@ if [ ! -f .venv/installed-tests.txt ] || [ "$(cat .venv/installed-tests.txt)" !=
     "$(.venv/bin/python -c 'from modules.demo import PACKAGE; print(PACKAGE)')"
   printf '%s\n' "$wanted" >.venv/installed-tests.txt
 fi
-if ! command -v chromium >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+if ! { command -v chromium && command -v nginx; } >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
   apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core nginx-light >/dev/null
 fi
 
 # A browser, servers and workers share the machine's cores. Two threads of torch that wait for one another, each spinning,
