@@ -7,7 +7,7 @@ import inspect
 import math
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def test_a_model_that_translates_has_none(loaded: Any) -> None:
         perplexity.Measurement(other, PerplexityOrder(TEXT))
 
 
-def streamed(worker: WorkerProcess, order: PerplexityOrder) -> Iterator[Any]:
+def streamed(worker: WorkerProcess, order: PerplexityOrder) -> Generator[Any, None, None]:
     """What the worker tells, as it comes. Closing the iterator closes the connection."""
     with worker.http() as client, client.stream("POST", PERPLEXITY, content=encode(order)) as response:
         assert response.status_code == 200
