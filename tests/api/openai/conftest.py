@@ -43,7 +43,7 @@ def api(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     shutil.copytree(loras.herring(), home / "loras" / "herring")
     server = start_server(home, "--api-key", KEY, "--admin-key", ADMIN_KEY, "--no-warm-worker")
     admin = httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=120)
-    loaded = admin.post("/v1/internal/model/load", json={"model_name": MODEL, "args": {"ctx_size": 512, "bf16": True}})
+    loaded = admin.post("/v1/internal/model/load", json={"model_name": MODEL, "args": {"ctx_size": 512}})
     assert loaded.status_code == 200, loaded.text
     yield server
     server.process.terminate()
