@@ -144,6 +144,7 @@ def test_the_rows_of_a_data_set_become_lines(tmp_path: Path) -> None:
         hub.fetch("nothing/there", tmp_path / "rows.jsonl")
 
 
-def test_a_name_of_no_data_set_is_refused() -> None:
+@pytest.mark.parametrize("text", ["a/b/c/d", "", "../models", "user/..", ".", "/"])
+def test_a_name_of_no_data_set_is_refused(text: str) -> None:
     with pytest.raises(BrokenData):
-        hub.parts("a/b/c/d")
+        hub.parts(text)

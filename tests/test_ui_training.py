@@ -99,12 +99,11 @@ def test_a_training_that_never_was_shows_nothing() -> None:
     [
         ("upload", text_source.Chosen(path="up.txt")),
         ("paste", text_source.Chosen(text="a\nb")),
-        ("path", text_source.Chosen(path="/data/x")),
         ("hub", text_source.Chosen(hub="user/name")),
     ],
 )
 def test_of_what_was_given_only_the_shown_field_counts(kind: str, expected: text_source.Chosen) -> None:
-    assert text_source.chosen(kind, "up.txt", "\na\nb\n", " /data/x ", "user/name ") == expected
+    assert text_source.chosen(kind, "up.txt", "\na\nb\n", "user/name ") == expected
 
 
 @pytest.mark.parametrize(("value", "text"), [(12.345, "12.35"), (1e7, "1.00e+07"), (math.inf, "inf")])

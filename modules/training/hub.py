@@ -21,7 +21,7 @@ def parts(text: str) -> tuple[str, str, str]:
     """Name, configuration and split of ``USER/NAME``, ``USER/NAME/CONFIG:SPLIT``. Raises BrokenData."""
     name, _, split = text.partition(":")
     words = name.strip("/").split("/")
-    if not 1 <= len(words) <= 3 or not all(words):
+    if not 1 <= len(words) <= 3 or not all(words) or any(word.startswith(".") for word in words):
         raise BrokenData(f"{text!r} names no data set.", "Write USER/NAME, USER/NAME:SPLIT or USER/NAME/CONFIG:SPLIT.")
     return "/".join(words[:2]), words[2] if len(words) == 3 else "", split or "train"
 

@@ -89,15 +89,7 @@ def build(service: Service) -> ModelTab:
             code = gr.HTML(elem_id="code", padding=False)
             loras = lora_card.build()
         with gr.Column(scale=5, min_width=320, elem_id="state-column"):
-            card = gr.HTML(elem_id="card", padding=False)
-            fix = gr.Button("", variant="primary", size="sm", visible="hidden", elem_id="fix")
-            allow = gr.Button("Allow these files and load", size="sm", visible="hidden", elem_id="allow-code")
-            fit = gr.HTML(elem_id="fit", padding=False)
-            ways = tuple(
-                gr.Button("", size="sm", visible="hidden", elem_id=f"way-{place}", elem_classes="way")
-                for place in range(MOST_WAYS)
-            )
-            anyway = gr.Button("Load anyway", size="sm", variant="stop", visible="hidden", elem_id="anyway")
+            card, fix, allow, fit, ways, anyway = _state_widgets()
             downloads = download_card.build()
     with gr.Row(elem_classes="unseen"):
         chosen = gr.Textbox("", label="Model chosen")
@@ -106,6 +98,20 @@ def build(service: Service) -> ModelTab:
         model, chosen, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
         fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}), downloads, loras,
     )  # fmt: skip
+
+
+def _state_widgets() -> tuple[gr.HTML, gr.Button, gr.Button, gr.HTML, tuple[gr.Button, ...], gr.Button]:
+    """What is loaded and what would fit, with the buttons that mend what is wrong."""
+    card = gr.HTML(elem_id="card", padding=False)
+    fix = gr.Button("", variant="primary", size="sm", visible="hidden", elem_id="fix")
+    allow = gr.Button("Allow these files and load", size="sm", visible="hidden", elem_id="allow-code")
+    fit = gr.HTML(elem_id="fit", padding=False)
+    ways = tuple(
+        gr.Button("", size="sm", visible="hidden", elem_id=f"way-{place}", elem_classes="way")
+        for place in range(MOST_WAYS)
+    )
+    anyway = gr.Button("Load anyway", size="sm", variant="stop", visible="hidden", elem_id="anyway")
+    return card, fix, allow, fit, ways, anyway
 
 
 # --- what the widgets show ---

@@ -1,4 +1,8 @@
-"""Where a text comes from: uploaded, pasted, a file of this machine, or a data set on the Hub."""
+"""Where a text comes from: uploaded, pasted, or a data set on the Hub.
+
+Not a path on this machine: what is shown of the text would be a way to read any of its files from afar. The command
+line takes paths.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,17 @@ import gradio as gr
 
 from modules.ui.common import DIRECT
 
-UPLOAD, PASTE, PATH, HUB = "upload", "paste", "path", "hub"
-_WORDS = {UPLOAD: "Upload a file", PASTE: "Paste text", PATH: "A file here", HUB: "From the Hub"}
+UPLOAD, PASTE, HUB = "upload", "paste", "hub"
+_WORDS = {UPLOAD: "Upload a file", PASTE: "Paste text", HUB: "From the Hub"}
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """The widgets; one of the four fields is shown."""
+    """The widgets; one of the fields is shown."""
 
     kind: gr.Radio
     upload: gr.File
     paste: gr.Textbox
-    path: gr.Textbox
     hub: gr.Textbox | None  # None where it is not offered
 
     @property
@@ -31,7 +34,7 @@ class TextSource:
 
     @property
     def fields(self) -> list[Any]:
-        return [field for field in (self.upload, self.paste, self.path, self.hub) if field is not None]
+        return [field for field in (self.upload, self.paste, self.hub) if field is not None]
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,6 @@ def build(name: str, label: str, help: str, *, hub: bool = False, placeholder: s
     paste = gr.Textbox(
         label="Text", lines=6, max_lines=14, elem_id=f"{name}-paste", visible="hidden", placeholder=placeholder or None
     )
-    path = gr.Textbox(
-        label="Path on this machine", elem_id=f"{name}-path", visible="hidden", max_lines=1,
-        placeholder="of the machine that runs Loadstone",
-    )  # fmt: skip
     hub_name = (
         gr.Textbox(
             label="Data set", placeholder="user/name, or user/name:split", elem_id=f"{name}-hub", visible="hidden",
@@ -65,7 +64,7 @@ def build(name: str, label: str, help: str, *, hub: bool = False, placeholder: s
         if hub
         else None
     )  # fmt: skip
-    made = TextSource(source, upload, paste, path, hub_name)
+    made = TextSource(source, upload, paste, hub_name)
     source.change(_shown(len(made.fields)), source, made.fields, **DIRECT)
     return made
 
@@ -77,11 +76,10 @@ def _shown(count: int) -> Callable[[str], list[Any]]:
     return shown
 
 
-def chosen(kind: str, upload: str | None, paste: str | None, path: str | None, hub: str | None = "") -> Chosen:
+def chosen(kind: str, upload: str | None, paste: str | None, hub: str | None = "") -> Chosen:
     """What the widgets' values name."""
-    given = {UPLOAD: upload, PASTE: paste, PATH: path, HUB: hub}
+    given = {UPLOAD: upload, PASTE: paste, HUB: hub}
     value = (given.get(kind) or "").strip("\n" if kind == PASTE else None)
     return Chosen(
-        path=value if kind in (UPLOAD, PATH) else "", text=value if kind == PASTE else "",
-        hub=value if kind == HUB else "",
-    )  # fmt: skip
+        path=value if kind == UPLOAD else "", text=value if kind == PASTE else "", hub=value if kind == HUB else ""
+    )

@@ -188,7 +188,7 @@ def _wire_looking(tab: TrainingTab, actions: Actions) -> None:
     looked.then(None, None, None, js=_TO_PREVIEW)  # on a phone it lies below the options
     source = tab.source
     gr.on(
-        [source.upload.change, source.paste.blur, source.path.blur, source.path.submit, tab.data_format.input],
+        [source.upload.change, source.paste.blur, tab.data_format.input],
         partial(actions.look, False), tab.inputs, seen, **shown,
     )  # fmt: skip
     gr.on(
