@@ -387,8 +387,9 @@ def test_what_is_not_offered_is_explained_when_it_is_asked_for(
 
 
 def test_real_checkpoints_are_offered(demo_model: Path) -> None:
-    library = Library([demo_model.parent, checkpoints.sharded().parent])
+    sharded, pytorch = checkpoints.sharded(), checkpoints.pytorch()
+    library = Library([demo_model.parent, sharded.parent])
     found = {model.name: model.file_format for model in library.models()}
     assert found[demo_model.name] == "safetensors"
-    assert found[checkpoints.pytorch().name] == "pytorch"
-    assert found[checkpoints.sharded().name] == "safetensors"
+    assert found[pytorch.name] == "pytorch"
+    assert found[sharded.name] == "safetensors"
