@@ -6,7 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,25 @@ def until(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> 
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
         time.sleep(0.01)
     return value
+
+
+class Workers:
+    """The real workers that this process has started since, and not those that other tests keep."""
+
+    def __init__(self) -> None:
+        self._others = {worker.pid for worker in _workers()}
+
+    def __call__(self) -> list[psutil.Process]:
+        return [worker for worker in _workers() if worker.pid not in self._others]
+
+
+def _workers() -> list[psutil.Process]:
+    """One that ends while it is looked at is none."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if "modules.worker" in child.cmdline() else []
+    return found
 
 
 def living(tag: str) -> set[int]:

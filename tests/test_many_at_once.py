@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from modules.errors import Cancelled, LoadstoneError, NothingLoaded, WorkerCrash
 from modules.protocol import Done, GenerateOrder, Piece, Shape, Waiting
 from modules.supervisor import State, Supervisor
 from tests import checkpoints
-from tests.supervised import until
+from tests.supervised import Workers, until
 from tests.worker.batches import order, tiny_llama
 
 ASKERS, KILLS = 16, 2
@@ -26,9 +25,8 @@ _FLAT_BYTES = 48 * 2**20
 
 
 @pytest.fixture
-def others() -> set[int]:
-    """The workers that other tests keep."""
-    return {worker.pid for worker in workers()}
+def workers() -> Workers:
+    return Workers()
 
 
 @pytest.fixture
@@ -96,21 +94,13 @@ def ask(supervisor: Supervisor, expected: dict[int, str], chance: random.Random,
             ended.wrong.append(f"{number}: {text!r} for {expected[number]!r}")
 
 
-def holder(others: set[int]) -> psutil.Process:
-    """The worker with the model: the one that is not among ``others``, which earlier tests have started."""
-    (found,) = (worker for worker in workers() if worker.pid not in others)
+def holder(workers: Workers) -> psutil.Process:
+    """The worker with the model: there is no other."""
+    (found,) = workers()
     return found
 
 
-def workers() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child] if "modules.worker" in child.cmdline() else []
-    return found
-
-
-def test_random_load_with_workers_killed(others: set[int], supervisor: Supervisor) -> None:
+def test_random_load_with_workers_killed(workers: Workers, supervisor: Supervisor) -> None:
     chance = random.Random(11)
     expected = {
         number: "".join(chunk.text for chunk in supervisor.generate(one) if isinstance(chunk, Piece))
@@ -131,14 +121,14 @@ def test_random_load_with_workers_killed(others: set[int], supervisor: Superviso
     try:
         for _ in range(KILLS):
             ended.more(BETWEEN + chance.randrange(20))
-            holder(others).kill()
+            holder(workers).kill()
             until(lambda: supervisor.snapshot().loaded is None, "that the end is noticed")
             supervisor.reload()
             assert supervisor.wait_loaded(LOAD_S).state is State.READY
         ended.more(BETWEEN)
-        before = holder(others).memory_info().rss
+        before = holder(workers).memory_info().rss
         ended.more(2 * BETWEEN)
-        assert holder(others).memory_info().rss < before + _FLAT_BYTES
+        assert holder(workers).memory_info().rss < before + _FLAT_BYTES
     finally:
         stop.set()
         for thread in threads:

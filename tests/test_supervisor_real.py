@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from modules.errors import LoadstoneError, WorkerKilled
 from modules.options import GenerationOptions, LoadOptions
 from modules.protocol import CountOrder, Done, GenerateOrder, LoadOrder, Piece
 from modules.supervisor import State, Supervisor
+from tests.supervised import Workers
 
 LOAD_S = 120.0
 
 
 @pytest.fixture
-def supervisor() -> Iterator[Supervisor]:
+def workers() -> Workers:
+    return Workers()
+
+
+@pytest.fixture
+def supervisor(workers: Workers) -> Iterator[Supervisor]:
     supervisor = Supervisor(warm_worker=False)
     yield supervisor
     supervisor.close()
-    assert not _workers()
-
-
-def _workers() -> list[psutil.Process]:
-    """The workers that are children of this process; one that ends while it is looked at is none."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child] if "modules.worker" in child.cmdline() else []
-    return found
+    assert not workers()
 
 
 def _order(model: Path, cache: Path) -> LoadOrder:
@@ -42,7 +37,7 @@ def _order(model: Path, cache: Path) -> LoadOrder:
 
 
 def test_a_real_model_loads_answers_crashes_loads_again_and_unloads(
-    supervisor: Supervisor, demo_model: Path, tmp_path: Path
+    supervisor: Supervisor, workers: Workers, demo_model: Path, tmp_path: Path
 ) -> None:
     supervisor.load(_order(demo_model, tmp_path))
     snapshot = supervisor.wait_loaded(LOAD_S)
@@ -61,7 +56,7 @@ def test_a_real_model_loads_answers_crashes_loads_again_and_unloads(
     assert after.context_used == done.prompt_tokens + done.completion_tokens
     assert after.tokens_per_second > 0
 
-    (worker,) = _workers()
+    (worker,) = workers()
     long = GenerateOrder(GenerationOptions(max_new_tokens=2000), prompt="Once upon a time")
     answer = supervisor.generate(long)
     next(answer)
@@ -86,7 +81,7 @@ def test_a_model_that_is_not_there_fails_with_the_workers_own_word(supervisor: S
 
 
 def test_a_real_worker_that_still_imports_is_cancelled_at_once(
-    supervisor: Supervisor, demo_model: Path, tmp_path: Path
+    supervisor: Supervisor, workers: Workers, demo_model: Path, tmp_path: Path
 ) -> None:
     supervisor.load(_order(demo_model, tmp_path))
     version = 0
@@ -95,4 +90,4 @@ def test_a_real_worker_that_still_imports_is_cancelled_at_once(
     assert snapshot.state is State.LOADING
     supervisor.cancel()
     assert supervisor.snapshot().state is State.CANCELLED
-    assert not _workers()
+    assert not workers()
