@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,11 @@ from typing import IO
 
 from modules.errors import Busy, Cancelled, LoadstoneError, WorkerCrashed
 from modules.protocol import Failed, Merged, MergeOrder, Progress, decode, encode
+from modules.service.jobs import Watched, end, remove_leftovers
 from modules.supervisor import process_group
 
 COMMAND = (sys.executable, "-m", "modules.worker.merge")
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_END_S = 10.0  # for the process to clean up before it is killed
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,13 @@ class MergeState:
     error: LoadstoneError | None = None
 
 
-class Merger:
+class Merger(Watched[MergeState]):
     """The one owner of the merge that runs. May be used from any thread."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._state = MergeState()
+        super().__init__(MergeState())
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
-
-    def state(self) -> MergeState:
-        with self._changed:
-            return self._state
-
-    def wait(self, version: int, timeout_s: float) -> MergeState:
-        """The state as soon as it is newer than ``version``, or as it stands after ``timeout_s``."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._state.version > version, timeout_s)
-            return self._state
-
-    def wait_over(self, timeout_s: float | None = None) -> MergeState:
-        """The state as soon as no merge runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._state.running, timeout_s)
-            return self._state
 
     def start(self, order: MergeOrder) -> None:
         """Begin; returns at once. Raises Busy while another one runs."""
@@ -76,7 +58,7 @@ class Merger:
             self._cancelled = True
             process = self._process
         if process is not None:
-            _end(process)
+            end(process)
         self.wait_over()
 
     def _run(self, order: MergeOrder) -> None:
@@ -118,8 +100,8 @@ class Merger:
             finally:
                 with contextlib.suppress(OSError):  # it is gone, with the order unread
                     process.stdin.close()
-                _end(process)
-                _remove_leftovers(Path(order.out))
+                end(process)
+                remove_leftovers(Path(order.out))
             log.seek(0)
             raise WorkerCrashed(
                 f"The process that merges ended with status {process.returncode}.",
@@ -137,24 +119,3 @@ class Merger:
                 with self._changed:
                     self._change(replace(self._state, progress=event))
         return None
-
-    def _change(self, state: MergeState) -> None:
-        self._state = replace(state, version=self._state.version + 1)
-        self._changed.notify_all()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the group to end, and kill it if it does not; nothing where it has ended."""
-    if process.poll() is not None:
-        return
-    process_group.terminate(process)
-    try:
-        process.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        process_group.kill(process)
-        process.wait()
-
-
-def _remove_leftovers(out: Path) -> None:
-    """What a killed process could not remove itself."""
-    shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)

@@ -16,6 +16,7 @@ from modules.errors import Busy, Cancelled, LoadstoneError, UserError, WorkerCra
 from modules.options import changed
 from modules.perplexity import PERPLEXITY, Perplexity, PerplexityOrder
 from modules.protocol import Progress
+from modules.service.jobs import Watched
 from modules.service.loras import entries_of
 from modules.supervisor import Loaded, Use
 from modules.supervisor.told import Told
@@ -63,7 +64,7 @@ class PerplexityState:
     error: LoadstoneError | None = None
 
 
-class Perplexities:
+class Perplexities(Watched[PerplexityState]):
     """The one owner of the measurement that runs, and of the table. May be used from any thread.
 
     ``need``: a hold on the model that would be measured now, see :meth:`Fleet.need`. ``cache_dir``: where the table
@@ -71,28 +72,11 @@ class Perplexities:
     """
 
     def __init__(self, need: Callable[[], Use], cache_dir: Path) -> None:
+        super().__init__(PerplexityState())
         self._need = need
         self._table = _Table(cache_dir / FILE)
-        self._changed = threading.Condition()
-        self._state = PerplexityState()
         self._told: Told | None = None
         self._cancelled = False
-
-    def state(self) -> PerplexityState:
-        with self._changed:
-            return self._state
-
-    def wait(self, version: int, timeout_s: float) -> PerplexityState:
-        """The state as soon as it is newer than ``version``, or as it stands after ``timeout_s``."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._state.version > version, timeout_s)
-            return self._state
-
-    def wait_over(self, timeout_s: float | None = None) -> PerplexityState:
-        """The state as soon as nothing is being measured."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._state.running, timeout_s)
-            return self._state
 
     def results(self) -> list[Measured]:
         """The table, the latest first."""
@@ -166,10 +150,6 @@ class Perplexities:
         with self._changed:
             self._told = None
             self._change(replace(self._state, running=False, progress=None, result=result, error=error))
-
-    def _change(self, state: PerplexityState) -> None:
-        self._state = replace(state, version=self._state.version + 1)
-        self._changed.notify_all()
 
 
 def _measured(found: Perplexity, loaded: Loaded, name: str) -> Measured:

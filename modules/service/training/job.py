@@ -15,6 +15,7 @@ from typing import IO, Any, Literal
 
 from modules.errors import Busy, Cancelled, LoadstoneError, UserError, WorkerCrashed
 from modules.protocol import Failed, Progress, decode, encode
+from modules.service.jobs import Watched, end, remove_leftovers
 from modules.service.training.state import Phase, TrainState
 from modules.supervisor import process_group
 from modules.supervisor.exits import decode_exit, oom_kills
@@ -31,7 +32,6 @@ from modules.training.messages import (
 
 COMMAND = (sys.executable, "-m", "modules.worker.train")
 _ROOT = Path(__file__).resolve().parent.parent.parent.parent
-_END_S = 10.0  # for the process to end before it is killed
 _LOG_BYTES = 8000
 
 Outcome = Trained | TrainPaused
@@ -46,32 +46,15 @@ class Room:
     bring_back: Callable[[], None] = lambda: None
 
 
-class TrainJob:
+class TrainJob(Watched[TrainState]):
     """The one owner of the training that runs. May be used from any thread."""
 
     def __init__(self, on_over: Callable[[TrainState], None]) -> None:
+        super().__init__(TrainState())
         self._on_over = on_over  # gets the last state of each training
-        self._changed = threading.Condition()
-        self._state = TrainState()
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: Literal["", "pause", "keep", "cancel"] = ""
         self._closed = False
-
-    def state(self) -> TrainState:
-        with self._changed:
-            return self._state
-
-    def wait(self, version: int, timeout_s: float) -> TrainState:
-        """The state as soon as it is newer than ``version``, or as it stands after ``timeout_s``."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._state.version > version, timeout_s)
-            return self._state
-
-    def wait_over(self, timeout_s: float | None = None) -> TrainState:
-        """The state as soon as no training runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._state.running, timeout_s)
-            return self._state
 
     def start(self, order: TrainOrder, room: Room, prepare: Callable[[], None]) -> None:
         """Begin; returns when ``prepare`` has made the run's folder. Raises Busy while another one runs.
@@ -190,7 +173,7 @@ class TrainJob:
                 with contextlib.suppress(OSError):  # it is gone, with the order unread
                     process.stdin.close()
                 end(process)
-                _remove_leftovers(Path(order.out))
+                remove_leftovers(Path(order.out))
             log.seek(0, 2)
             log.seek(max(0, log.tell() - _LOG_BYTES))
             tail = log.read().decode(errors="replace").splitlines()
@@ -220,10 +203,6 @@ class TrainJob:
                 self._change(_after(self._state, event))
         return None
 
-    def _change(self, state: TrainState) -> None:
-        self._state = replace(state, version=self._state.version + 1)
-        self._changed.notify_all()
-
 
 def _after(state: TrainState, event: Any) -> TrainState:
     """The state after one line of the process."""
@@ -237,20 +216,3 @@ def _after(state: TrainState, event: Any) -> TrainState:
     if isinstance(event, Progress):
         return replace(state, progress=event)
     return state
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the group to end, and kill it if it does not; nothing where it has ended."""
-    if process.poll() is not None:
-        return
-    process_group.terminate(process)
-    try:
-        process.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        process_group.kill(process)
-        process.wait()
-
-
-def _remove_leftovers(out: Path) -> None:
-    """What a killed process could not remove itself."""
-    shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
