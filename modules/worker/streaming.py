@@ -13,7 +13,7 @@ from modules.protocol import Chunk, GenerateOrder, Piece, Waiting, encode
 if TYPE_CHECKING:
     from modules.worker.app import Worker
 
-FLUSH_SECONDS = 0.03  # text waits at most so long for more: a line for every token would cost a fast model speed
+FLUSH_SECONDS = 0.05  # text waits at most so long for more: a line for every token would cost a fast model speed
 
 
 class Outbox:

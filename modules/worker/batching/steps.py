@@ -69,9 +69,11 @@ class Steps:
     def _new_cache(self) -> Any:
         return DynamicCache(config=self._model.config)
 
-    @torch.no_grad()
     def _forward(self, **inputs: Any) -> torch.Tensor:
-        outputs = self._model(**inputs, use_cache=True, return_dict=True)
-        # A copy, as in generate(): the scores of a whole prompt would be kept alive otherwise.
-        scores: torch.Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.device)
+        with torch.inference_mode():  # no_grad would cost a small model 3 % of its speed
+            logits = self._model(**inputs, use_cache=True, return_dict=True).logits[:, -1]
+        # A copy, as in generate(): the scores of a whole prompt would be kept alive otherwise. Out here, so that
+        # whoever chooses from them may change them.
+        with torch.no_grad():
+            scores: torch.Tensor = logits.to(copy=True, dtype=torch.float32, device=self.device)
         return scores
