@@ -14,6 +14,7 @@ from modules.ui import (
     chat_loras,
     chat_tab,
     download_actions,
+    frames,
     guest,
     live,
     lora_actions,
@@ -104,6 +105,7 @@ def mount(
     live.mount(app, lives)
     page = guest.build(service, lives, TITLE) if for_guests else build(service, lives, login=login)
     scripts = "".join(f"<script>{(_HERE / name).read_text(encoding='utf-8')}</script>" for name in _SCRIPTS)
+    frames.install()
     gr.mount_gradio_app(
         app, page, path="/", server_name="127.0.0.1", footer_links=[], run_history=False, ssr_mode=False,
         enable_monitoring=False, pwa=False, theme=_theme(), css_paths=[_HERE / "page.css"],
