@@ -49,11 +49,11 @@ class Bare:
     def end(self) -> None:
         pass
 
-    def answer(self, client: int, tokens: int) -> Got:
+    def answer(self, asked: list[dict[str, str]], tokens: int) -> Got:
         begin = time.perf_counter()
         self._times = []
         inputs = self._tokenizer.apply_chat_template(
-            messages(client), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         self._model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=self)
         return Got(self._times[1] - begin, self._times[-1] - begin, len(self._times) - 1)
@@ -63,9 +63,9 @@ def messages(client: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Tell a long story about a ship with {client + 2} sails and its crew."}]
 
 
-def ask(port: int, client: int, tokens: int) -> Got:
+def ask(port: int, asked: list[dict[str, str]], tokens: int) -> Got:
     """One client's answer, streamed."""
-    body = {"messages": messages(client), "max_tokens": tokens, "temperature": 0, "stream": True,
+    body = {"messages": asked, "max_tokens": tokens, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
     connection = http.client.HTTPConnection("127.0.0.1", port)
     begin = time.perf_counter()
@@ -86,14 +86,16 @@ def ask(port: int, client: int, tokens: int) -> Got:
 def together(port: int) -> tuple[float, float]:
     """All clients at once: tokens per second of all together, and the mean seconds to the first token."""
     got: list[Got] = []
-    threads = [threading.Thread(target=lambda one=one: got.append(ask(port, one, TOKENS))) for one in range(CLIENTS)]
+    threads = [
+        threading.Thread(target=lambda one=one: got.append(ask(port, messages(one), TOKENS))) for one in range(CLIENTS)
+    ]
     begin = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - begin
-    return sum(one.tokens for one in got) / seconds, statistics.mean(one.first_s for one in got)
+    return sum(each.tokens for each in got) / seconds, statistics.mean(each.first_s for each in got)
 
 
 def one_after_another(bare: Bare) -> tuple[float, float]:
@@ -101,7 +103,7 @@ def one_after_another(bare: Bare) -> tuple[float, float]:
     begin, firsts, tokens = time.perf_counter(), [], 0
     for client in range(CLIENTS):
         waited = time.perf_counter() - begin
-        got = bare.answer(client, TOKENS)
+        got = bare.answer(messages(client), TOKENS)
         firsts.append(waited + got.first_s)
         tokens += got.tokens
     return tokens / (time.perf_counter() - begin), statistics.mean(firsts)
@@ -114,9 +116,12 @@ def rows(runs: int = 2) -> list[Row]:
         while call(port, "/v1/internal/model/status")["state"] != "ready":
             time.sleep(0.2)
         together(port)  # once, so that both have computed everything before
-        bare.answer(0, TOKENS)
+        bare.answer(messages(0), TOKENS)
         many = [(together(port), one_after_another(bare)) for _ in range(runs)]
-        alone = [(ask(port, 0, 2 * TOKENS).speed, bare.answer(0, 2 * TOKENS).speed) for _ in range(2 * runs)]
+        alone = [
+            (ask(port, messages(0), 2 * TOKENS).speed, bare.answer(messages(0), 2 * TOKENS).speed)
+            for _ in range(2 * runs)
+        ]
         firsts = [_first_tokens(port, bare, client) for client in range(FIRST_TOKENS)]
     (speed, wait), (bare_speed, bare_wait) = (
         [statistics.median(run[side][figure] for run in many) for figure in (0, 1)] for side in (0, 1)
@@ -135,9 +140,15 @@ def rows(runs: int = 2) -> list[Row]:
     ]  # fmt: skip
 
 
+def _one_client(port: int, bare: Bare) -> tuple[float, float]:
+    """Tokens per second by the API and bare."""
+    asked, tokens = messages(0), 2 * TOKENS
+    return ask(port, asked, tokens).speed, bare.answer(asked, tokens).speed
+
+
 def _first_tokens(port: int, bare: Bare, client: int) -> tuple[float, float]:
     """Seconds to the first token by the API and bare; a pause lets the other's computing threads fall asleep."""
     time.sleep(0.2)
-    ours = ask(port, client, 2).first_s
+    ours = ask(port, messages(client), 2).first_s
     time.sleep(0.2)
-    return ours, bare.answer(client, 2).first_s
+    return ours, bare.answer(messages(client), 2).first_s

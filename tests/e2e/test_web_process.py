@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Page
 
 from tests.e2e.conftest import ROOT, Server
 from tests.e2e.test_load_from_the_browser import NAME
@@ -51,6 +52,24 @@ def test_the_running_server_maps_no_torch_library(launch: Callable[..., Server])
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" not in maps
     assert "bitsandbytes" not in maps
+
+
+_COUNT_FRAMES = """window.frames_asked = 0;
+const real = window.requestAnimationFrame.bind(window);
+window.requestAnimationFrame = (then) => { window.frames_asked += 1; return real(then); }"""
+
+
+def test_a_page_that_nobody_touches_draws_nothing(quiet_server: Server, open_page: Callable[..., Page]) -> None:
+    """It would do so 60 times a second, on the processor that the model may need."""
+    page = open_page(quiet_server)
+    page.add_init_script(_COUNT_FRAMES)
+    page.reload()
+    page.wait_for_selector("#summary .small")
+    page.wait_for_timeout(4000)  # until the sign of the opening page has come to rest
+    assert page.evaluate("window.frames_asked") > 0
+    page.evaluate("window.frames_asked = 0")
+    page.wait_for_timeout(2000)
+    assert page.evaluate("window.frames_asked") < 12
 
 
 @pytest.mark.parametrize(
