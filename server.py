@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modules import flags
+from modules import collector, flags
 from modules.errors import LoadstoneError
 from modules.options import ServerOptions
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
+@collector.spared()
 def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     """Every object, wired; nothing is started. Raises SettingsError, and what bringing the demo model raises."""
     from modules import commands, devices
@@ -110,7 +111,8 @@ def _run(service: Service, server: ServerOptions, parsed: flags.Parsed) -> int:
         return commands.train(service, Path(command.train), anyway=command.load_anyway)
     if "prompt" in parsed.command:  # given, if only as an empty text
         return commands.prompt(service, command.prompt, raw=command.raw_prompt, anyway=command.load_anyway)
-    from modules import web
+    with collector.spared():
+        from modules import web
 
     door = web.open_door(server)
     listener = web.listen(server.listen_port, web.listen_address(server))

@@ -92,6 +92,6 @@ def queue(page: gr.Blocks) -> None:
     A model that computes on the processor loses a tenth of its speed to a process that wakes so often. There is no
     public setting for it.
     """
-    page.queue(default_concurrency_limit=16)
+    page._queue.default_concurrency_limit = 16
     page._queue.sleep_when_free = 0.02
     page._queue.progress_update_sleep_when_free = 1.0  # nothing here uses gr.Progress

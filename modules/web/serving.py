@@ -19,7 +19,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 import uvicorn
 from fastapi import FastAPI
 
-from modules import access, api, ui
+from modules import access, api, collector, ui
 from modules.access import Role
 from modules.errors import OptionError, PortInUse
 from modules.options import ServerOptions
@@ -95,6 +95,7 @@ def listen(port: int, host: str = LOCAL) -> socket.socket:
     return listener
 
 
+@collector.spared()
 def application(service: Service, door: Door | None = None) -> access.AccessMiddleware:
     """Page and API, behind the access check. Guests get an application of their own, with nothing in it to abuse."""
     door = door or open_door(ServerOptions())

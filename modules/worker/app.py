@@ -55,7 +55,7 @@ from modules.worker.embedding import embed
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, prompter
 from modules.worker.perplexity import measure
-from modules.worker.process import memory_given_back, memory_of_this_process
+from modules.worker.process import import_packages, memory_given_back, memory_of_this_process
 from modules.worker.streaming import Answer
 from modules.worker.telling import Tell, telling
 
@@ -82,13 +82,7 @@ class Worker:
         """Import the ML packages, and no more: no GPU is touched. Emits Warm, or Failed."""
         begin = time.perf_counter()
         try:
-            # transformers resolves its names when they are asked for: without them it would import nothing.
-            import peft  # noqa: F401
-            import torch  # noqa: F401
-            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-            import modules.worker.adapters
-            import modules.worker.transformers_loader  # noqa: F401
+            import_packages()
         except Exception as error:
             self._emit(Failed(_as_loadstone(error, "Importing the ML packages failed")))
         else:
@@ -103,6 +97,7 @@ class Worker:
 
     def _load(self, order: LoadOrder) -> None:
         try:
+            import_packages()
             from modules.worker.transformers_loader import load
 
             with memory_given_back():

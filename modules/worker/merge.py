@@ -87,6 +87,7 @@ def _check(order: MergeOrder, out: Path) -> None:
 def _merge(order: MergeOrder, aside: Path, cache: str, emit: Emit) -> int:
     """Write the merged model to ``aside`` and check it; returns how many tokens agree."""
     emit(Progress("starting"))
+    process.import_packages()
     from modules.worker import tokenizer, transformers_loader
     from modules.worker.adapters import Adapters
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from modules import collector
 from modules.protocol import HEAP_LIMIT_BYTES, encode
 
 # Defaults only: what the supervisor, or the user, has set is kept.
@@ -25,6 +26,18 @@ ENVIRONMENT = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which the machine lists its GPUs, and --gpu-memory counts
 }
 OOM_SCORE = 500  # of 1000: before any process of the user's that has not asked for the same
+
+
+def import_packages() -> None:
+    """Import the ML packages, and no more: no GPU is touched."""
+    with collector.spared():
+        # transformers resolves its names when they are asked for: without them it would import nothing.
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+        import modules.worker.adapters
+        import modules.worker.transformers_loader  # noqa: F401
 
 
 def set_environment() -> None:

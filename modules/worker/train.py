@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from modules import collector
 from modules.errors import Busy, DiskFull, LoadstoneError, UserError
 from modules.protocol import Failed, Progress, decode
 from modules.training import runs
@@ -67,8 +68,9 @@ def main() -> int:
     try:
         Path(order.folder).mkdir(parents=True, exist_ok=True)
         with FileLock(os.path.join(order.folder, runs.LOCK), timeout=_LOCK_S):
-            from modules.worker.training.run import train
-
+            with collector.spared():
+                process.import_packages()
+                from modules.worker.training.run import train
             emit(train(order, control, emit))
     except Timeout:
         emit(Failed(Busy(f"Another process is training {order.name}.", "Wait until it has ended.")))
