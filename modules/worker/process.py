@@ -35,9 +35,12 @@ def import_packages() -> None:
         import peft  # noqa: F401
         import torch  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         import modules.worker.adapters
         import modules.worker.transformers_loader  # noqa: F401
+
+        get_checkpoint_conversion_mapping("llama")  # makes its table of all models, which the first load waits for
 
 
 def set_environment() -> None:

@@ -32,8 +32,10 @@ model = AutoModelForCausalLM.from_pretrained(
 print(json.dumps({{"seconds": time.perf_counter() - begun, "tokens": tokens(model)}}))
 """
 OURS = f"""
-import json, sys, time, torch
-import bitsandbytes
+import json, sys, time
+from modules.worker import process
+process.import_packages()  # as a worker that waits warm has
+import bitsandbytes, torch
 from pathlib import Path
 from modules.worker import transformers_loader
 from tests.checkpoints import order_for
