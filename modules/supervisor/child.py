@@ -214,14 +214,24 @@ class Child:
 
     def connect(self, timeout_s: float | None) -> HTTPConnection:
         """A connection for one command; see :func:`client.connect`."""
-        # As late as can be: a process that the kernel killed elsewhere, hours ago, says nothing about this one.
-        self._oom_kills_before = oom_kills()
         if self.port is None:
             raise ConnectionRefusedError(f"the worker {self.pid} does not listen yet")
-        return client.connect(self.port, timeout_s)
+        try:
+            return client.connect(self.port, timeout_s)
+        except OSError:
+            self._count_kills()
+            raise
+
+    def _count_kills(self) -> None:
+        """As late as can be: a process that the kernel killed elsewhere, hours ago, says nothing about this one.
+
+        And not before a command is sent, which would have to wait for it.
+        """
+        self._oom_kills_before = oom_kills()
 
     def send(self, connection: HTTPConnection, method: str, path: str, message: Any = None) -> None:
         client.send(connection, self._secret, method, path, message)
+        self._count_kills()
 
     def call(self, method: str, path: str, message: Any = None, *, timeout_s: float) -> bytes:
         """The body of the answer to one command. Raises what it was refused with, and :meth:`broken`."""

@@ -61,7 +61,7 @@ class Running:
         lane.enter(len(orders))
         self._lane = lane
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()  # of (choice, what came)
         self._stops = [threading.Event() for _ in orders]  # one each: an answer sets its own when it ends
         self._request = request
         self._seen = seen_of(request.scope)
@@ -100,15 +100,10 @@ class Running:
 
         Leaving the loop over it early stops what is still under way.
         """
-        gone = asyncio.create_task(disconnected(self._request))
+        gone = asyncio.create_task(self._tell_when_gone())
         try:
             while self._left:
-                got = asyncio.create_task(self._queue.get())
-                await asyncio.wait({got, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not got.done():
-                    got.cancel()
-                    raise Cancelled("The client has gone.")
-                index, chunk = got.result()
+                index, chunk = await self._queue.get()
                 self._note(index, chunk)
                 if isinstance(chunk, LoadstoneError):
                     raise chunk
@@ -122,6 +117,10 @@ class Running:
             for stop in self._stops:
                 stop.set()
             gone.cancel()
+
+    async def _tell_when_gone(self) -> None:
+        await disconnected(self._request)
+        self._queue.put_nowait((0, Cancelled("The client has gone.")))
 
     def _note(self, index: int, chunk: Chunk | LoadstoneError) -> None:
         """For the log: what came, without what it says."""
