@@ -75,12 +75,9 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
         Fleet(supervisor(warm=True), supervisor, most=server.max_loaded, idle_s=server.idle_timeout * 60 or NEVER),
         measure,
         cache_dir=models / ".cache",
-        quantized_cache=server.quantized_cache,
         flags=parsed.load,
         generation_flags=parsed.generation,
         loras=LoraLibrary(lora_roots, hf_cache),
-        load_on_demand=server.load_on_demand,
-        load_wait_s=server.load_wait,
         traffic=traffic,
         server=server,
     )

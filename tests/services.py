@@ -11,6 +11,7 @@ from modules import flags
 from modules.devices import Machine
 from modules.library import Library
 from modules.library.loras import LoraLibrary
+from modules.options import ServerOptions
 from modules.planner.learning import Measurement
 from modules.service import Service
 from modules.settings import CodeApprovals, Settings
@@ -66,6 +67,7 @@ def services(home: Path, demo_model: Path) -> Iterator[Make]:
                 Library([models]), kept, CodeApprovals(models / ".cache" / "allowed-code.json"),
                 Supervisor(warm_worker=False), CountedMeasure(), cache_dir=models / ".cache",
                 flags=parsed.load, generation_flags=parsed.generation, loras=LoraLibrary([home / "loras"]),
+                server=ServerOptions(quantized_cache=False),
             )
         )  # fmt: skip
         return made[-1]
@@ -83,7 +85,7 @@ def learning_service(models: Path) -> Iterator[Service]:
     service = Service(
         Library([models]), Settings(models.parent / "settings.yaml", models),
         CodeApprovals(models / ".cache" / "allowed-code.json"), Supervisor(warm_worker=False), CountedMeasure(),
-        cache_dir=models / ".cache", quantized_cache=True,
+        cache_dir=models / ".cache",
     )  # fmt: skip
     try:
         yield service

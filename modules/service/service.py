@@ -48,12 +48,9 @@ class Service(Answering):
         measure: Callable[[], Machine],
         *,
         cache_dir: Path,
-        quantized_cache: bool = False,
         flags: Mapping[str, Any] | None = None,
         generation_flags: Mapping[str, Any] | None = None,
         loras: LoraLibrary | None = None,
-        load_on_demand: bool = False,
-        load_wait_s: float = 300.0,
         traffic: Traffic | None = None,
         server: ServerOptions | None = None,
     ) -> None:
@@ -61,25 +58,22 @@ class Service(Answering):
         self.settings = settings
         self.approvals = approvals
         self.fleet = supervisor if isinstance(supervisor, Fleet) else Fleet(supervisor)
-        self.on_demand = OnDemand(self.fleet, self._prepare_on_demand) if load_on_demand else None
+        self.server = server or ServerOptions()
+        self.on_demand = OnDemand(self.fleet, self._prepare_on_demand) if self.server.load_on_demand else None
         self.traffic = traffic or Traffic()
-        self.server = server or ServerOptions()  # to be told of, no more
-        self.load_wait_s = load_wait_s  # for a request whose model is not there
         self.measure = measure
         self.loras = Loras(loras or LoraLibrary([]), library, lambda: self.fleet.front, models_dir=cache_dir.parent)
-        self.downloads = Downloads(
-            library, cache_dir.parent, cache_dir.parent.parent / "loras", measure, self.fleet.loaded
-        )
+        new_loras = cache_dir.parent.parent / "loras"
+        self.downloads = Downloads(library, cache_dir.parent, new_loras, measure, self.fleet.loaded)
         self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.fleet.held)
         self.learned = Learned(cache_dir)
         self.training = Training(
             library, lambda: self.fleet.front, measure, lambda: [lora.name for lora in self.loras.all()],
-            loras_dir=cache_dir.parent.parent / "loras", cache_dir=cache_dir,
+            loras_dir=new_loras, cache_dir=cache_dir,
         )  # fmt: skip
         self.perplexity = Perplexities(self.fleet.need, cache_dir)
         self._badges = Badges(library)
         self._cache_dir = cache_dir
-        self._quantized_cache = quantized_cache
         self._flags = {name: value for name, value in (flags or {}).items() if name != "model"}
         self._generation_flags = dict(generation_flags or {})
         self.preselected = str((flags or {}).get("model", ""))
@@ -243,7 +237,7 @@ class Service(Answering):
             cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
             code_hashes={file.name: file.sha256 for file in facts.code_files} if by_hashes else {},
             device_map=dict(fit.plan.device_map) if fit.fits else {}, expected=fit.expected if fit.fits else (),
-            quantized_cache=self._quantized_cache, notes=view.notes, adapters=view.loras.choices,
+            quantized_cache=self.server.quantized_cache, notes=view.notes, adapters=view.loras.choices,
         )  # fmt: skip
 
     def load(

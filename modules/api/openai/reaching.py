@@ -59,12 +59,12 @@ async def _awaited(future: Future[Use], name: str, service: Service, request: Re
     gone = asyncio.create_task(disconnected(request))
     try:
         both: set[asyncio.Future[Any]] = {waiting, gone}
-        await asyncio.wait(both, timeout=service.load_wait_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, timeout=service.server.load_wait, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             return waiting.result()
         if gone.done():
             raise Cancelled("The client has gone.")
-        raise LoadPending(f"{name} was not loaded within {service.load_wait_s:g} s.")
+        raise LoadPending(f"{name} was not loaded within {service.server.load_wait} s.")
     finally:
         gone.cancel()
         if not waiting.done() and not future.cancel() and future.exception() is None:

@@ -18,6 +18,7 @@ from modules import api
 from modules.api.openai.reaching import seconds
 from modules.errors import OptionError
 from modules.library import Library
+from modules.options import ServerOptions
 from modules.service import Service
 from modules.settings import CodeApprovals, Settings
 from modules.supervisor import NEVER, Supervisor
@@ -37,7 +38,7 @@ def application(home: Path, **options: Any) -> tuple[Service, FastAPI]:
     service = Service(
         Library([models]), Settings(home / "settings.yaml", models), CodeApprovals(models / ".cache" / "allowed.json"),
         Supervisor(command=(sys.executable, FAKE_WORKER), warm_worker=False), lambda: MACHINE,
-        cache_dir=models / ".cache", **options,
+        cache_dir=models / ".cache", server=ServerOptions(quantized_cache=False, **options),
     )  # fmt: skip
     app = FastAPI()
     api.install(app, service)
@@ -47,7 +48,7 @@ def application(home: Path, **options: Any) -> tuple[Service, FastAPI]:
 @pytest.fixture
 def demanding(tmp_path: Path) -> Iterator[tuple[Service, FastAPI]]:
     """It loads on demand, and lets a request wait for two seconds."""
-    service, app = application(tmp_path, load_on_demand=True, load_wait_s=2)
+    service, app = application(tmp_path, load_on_demand=True, load_wait=2)
     yield service, app
     service.close()
 
