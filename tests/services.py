@@ -80,11 +80,12 @@ def services(home: Path, demo_model: Path) -> Iterator[Make]:
 
 
 @contextmanager
-def learning_service(models: Path) -> Iterator[Service]:
+def learning_service(models: Path, machine: Callable[[], Machine] | None = None) -> Iterator[Service]:
     """A service whose plans learn from its loads, with real workers and quantized copies under ``models``."""
     service = Service(
         Library([models]), Settings(models.parent / "settings.yaml", models),
-        CodeApprovals(models / ".cache" / "allowed-code.json"), Supervisor(warm_worker=False), CountedMeasure(),
+        CodeApprovals(models / ".cache" / "allowed-code.json"), Supervisor(warm_worker=False),
+        machine or CountedMeasure(),
         cache_dir=models / ".cache",
     )  # fmt: skip
     try:
@@ -94,14 +95,20 @@ def learning_service(models: Path) -> Iterator[Service]:
 
 
 def measured_load(service: Service, name: str, values: dict[str, Any]) -> tuple[Measurement, Loaded]:
-    """Load, read a prompt that fills the context, unload: what was planned for it and what it took."""
+    """As :func:`measured_loads`, where there is no GPU: of RAM alone."""
+    (ram,), loaded = measured_loads(service, name, values)
+    return ram, loaded
+
+
+def measured_loads(service: Service, name: str, values: dict[str, Any]) -> tuple[tuple[Measurement, ...], Loaded]:
+    """Load, read a prompt that fills the context, unload: what was planned and what it took, GPUs first, then RAM."""
     service.load(name, values)
     loaded = service.supervisor.wait_loaded(300).loaded
     assert loaded is not None, service.snapshot().error
     prompt = "word " * (loaded.order.ctx_tokens - 16)
     for _ in service.generate({"max_new_tokens": 8, "temperature": 0}, prompt=prompt):
         pass
-    wait_until(lambda: any(one.time >= loaded.since for one in service.learned.last(loaded.order.expected, MACHINE)))
+    expected, machine = loaded.order.expected, service.measure()
+    wait_until(lambda: any(one.time >= loaded.since for one in service.learned.last(expected, machine)))
     service.unload()
-    (ram,) = service.learned.last(loaded.order.expected, MACHINE)
-    return ram, loaded
+    return service.learned.last(expected, machine), loaded

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from modules import devices
+from modules.planner.learning import device_of
 from modules.service import Service
 from modules.ui import cards
 from tests import checkpoints
 from tests.conftest import wait_until
-from tests.services import MACHINE, learning_service, measured_load
+from tests.services import MACHINE, learning_service, measured_load, measured_loads
 
 VALUES = {"bf16": True, "ctx_size": 1024}
 
 
 @pytest.fixture(scope="module")
 def service(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    models = tmp_path_factory.mktemp("home") / "models"
+    with learning_service(two_models(tmp_path_factory.mktemp("home"), demo_model)) as made:
+        yield made
+
+
+def two_models(home: Path, demo_model: Path) -> Path:
+    """A models/ with a model to learn from and the one that is planned then."""
+    models = home / "models"
     models.mkdir()
     (models / "small").symlink_to(checkpoints.small_llama(), target_is_directory=True)
     (models / "demo").symlink_to(demo_model, target_is_directory=True)
-    with learning_service(models) as made:
-        yield made
+    return models
 
 
 def test_one_models_load_makes_the_plan_of_another_right(service: Service) -> None:
@@ -55,3 +63,21 @@ def test_more_of_the_context_is_noted_less_is_not(service: Service) -> None:
             wait_until(lambda before=before: used() > before)  # type: ignore[misc]
     assert used() > 200
     service.unload()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("how", [{}, {"load_in_8bit": True}, {"load_in_4bit": True}, {"gpu_memory": (0.2,)}], ids=str)
+def test_a_gpus_peak_is_planned_and_its_cap_kept(how: dict[str, Any], demo_model: Path, tmp_path: Path) -> None:
+    """The last one leaves layers in RAM."""
+    models = two_models(tmp_path, demo_model)
+    values = {**how, "ctx_size": 1024}
+    with learning_service(models, lambda: devices.measure(models)) as service:
+        measured_loads(service, "small", values)
+        measured, loaded = measured_loads(service, "demo", values)
+    by_device = {device_of(one.kind): one for one in measured}
+    assert {"GPU", "RAM"} == set(by_device)
+    assert all(abs(one.error) < 0.05 for one in measured), measured
+    if cap := how.get("gpu_memory"):
+        assert by_device["GPU"].measured_bytes <= cap[0] * 2**30
+        assert loaded.report.device_bytes["cpu"] > 0

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ ENVIRONMENT = {
 OOM_SCORE = 500  # of 1000: before any process of the user's that has not asked for the same
 
 
+@cache
 def import_packages() -> None:
     """Import the ML packages, and no more: no GPU is touched."""
     with collector.spared():
