@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
@@ -275,3 +279,35 @@ def test_asking_without_a_model_keeps_the_text(server: Server, open_page: Callab
     expect(page.locator("#message textarea")).to_have_value("Is anybody there?")
     expect(users(page)).to_have_count(0)
     expect(page.locator("#send")).to_be_visible()
+
+
+def asked(server: Server, who: str) -> http.client.HTTPResponse:
+    """A long answer to somebody else, whose first words are there or who waits; closing it makes room."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
+    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 2000, "stream": True}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {who}"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_who_has_to_wait_is_told_how_many_are_before(
+    server: Server, open_page: Callable[..., Page], width: int
+) -> None:
+    assert server.load(NAME, bf16=True, max_batch=1)[0] == 200
+    page = open_page(server, width=width)
+    first = asked(server, "first")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(asked, server, "second")
+        wait_until(lambda: generating(server) == 2)
+        ask(page, SHORT)
+        line = page.locator("#chat-line")
+        expect(line).to_contain_text("waiting, 1 before you")
+        box = line.bounding_box()
+        assert box
+        assert 0 <= box["x"] <= width - box["width"]
+        first.close()
+        expect(line).to_contain_text("waiting, next")
+        waiting.result().close()
+    assert "tokens/s" in answer_line(page)
+    expect(bots(page)).to_have_count(1)
