@@ -231,3 +231,14 @@ def test_other_models_answer_as_alone_together_or_one_after_another(make: Any, t
     assert bool(desk.scheduler.obstacle) == (make is not checkpoints.gpt2)
     orders = [order(number, 10) for number in range(3)]
     assert texts(desk.together(orders)) == by_transformers(desk, orders)
+
+
+@pytest.mark.parametrize(
+    "how", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"cpu_memory": 90, "disk": True}], ids=str
+)
+def test_quantized_models_answer_as_alone_together_or_one_after_another(
+    how: dict[str, Any], demo_model: Path, tmp_path: Path
+) -> None:
+    desk = Desk(demo_model, tmp_path, ctx_tokens=128, bf16=True, **how)
+    orders = [order(number, 10) for number in range(3)]
+    assert texts(desk.together(orders)) == by_transformers(desk, orders)
