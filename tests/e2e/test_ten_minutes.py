@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from modules.errors import Cancelled, NothingLoaded, WorkerCrashed, WorkerKilled
 from tests.e2e.conftest import Server, start_server, wait_for
 from tests.worker.batches import tiny_llama
 
@@ -28,6 +29,7 @@ ASKERS, QUESTIONS = 16, 12
 KILL_EVERY_S = (15.0, 40.0)
 _SETTLED_S = 120.0  # when memory is measured first
 _FLAT_BYTES = 64 * 2**20
+_BY_A_KILL = {error.kind for error in (WorkerKilled, WorkerCrashed, NothingLoaded, Cancelled)}
 _TEXT = "One two The capital of France is Once upon a time there was a dog x = 1 Count from one"
 
 
@@ -146,8 +148,9 @@ class Client:
 
     def _refused(self, what: str, status: int, answer: dict[str, Any]) -> None:
         """A typed error that a killed process explains, and nothing else."""
-        kind = str(answer.get("error", {}).get("code") or answer.get("error", {}).get("type"))
-        explained = status in (200, 503) and "internal" not in kind.lower()
+        error = answer.get("error") or answer
+        kind = str(error.get("code") or error.get("kind"))
+        explained = kind in _BY_A_KILL
         self._seen.note(f"{what}, refused: {kind}", "" if explained else f"{status} {answer}")
         time.sleep(0.2)
 
