@@ -118,10 +118,7 @@ def rows(runs: int = 2) -> list[Row]:
         together(port)  # once, so that both have computed everything before
         bare.answer(messages(0), TOKENS)
         many = [(together(port), one_after_another(bare)) for _ in range(runs)]
-        alone = [
-            (ask(port, messages(0), 2 * TOKENS).speed, bare.answer(messages(0), 2 * TOKENS).speed)
-            for _ in range(2 * runs)
-        ]
+        alone = [_one_client(port, bare) for _ in range(2 * runs)]
         firsts = [_first_tokens(port, bare, client) for client in range(FIRST_TOKENS)]
     (speed, wait), (bare_speed, bare_wait) = (
         [statistics.median(run[side][figure] for run in many) for figure in (0, 1)] for side in (0, 1)

@@ -111,27 +111,24 @@ class Client:
         if response.status != 200:
             self._refused("streamed", response.status, json.loads(response.read()))
             return
-        said, over = "", False
+        said, over, failed = "", False, False
         for line in response:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
-                if "error" in event:
+                if failed := "error" in event:
                     self._refused("streamed", 200, event)
-                    over = True
-                else:
-                    said += text_of(event)
+                    break
+                said += text_of(event)
                 if leaves and said:
                     break
             over = over or line.startswith(b"data: [DONE]")
         connection.close()
-        if leaves and said and not over:
-            self._seen.note("left", "" if self._expected[number].startswith(said) else f"{number}: {said!r}")
-        elif not over:
-            self._seen.note("streamed", f"{number} has no end: {said!r}")
-        elif not self._expected[number].startswith(said):
-            self._seen.note("streamed", f"{number}: {said!r} for {self._expected[number]!r}")
-        else:
-            self._seen.note("streamed")
+        if over and not failed:
+            self._compare("streamed", number, said)
+        elif not self._expected[number].startswith(said) or not (failed or (leaves and said)):
+            self._seen.note("left", f"{number}: {said!r} for {self._expected[number]!r}")
+        elif not failed:
+            self._seen.note("left")
 
     def counted(self, number: int) -> None:
         connection, response = self.send("/v1/internal/token-count", {"text": _TEXT})

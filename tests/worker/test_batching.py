@@ -233,9 +233,7 @@ def test_other_models_answer_as_alone_together_or_one_after_another(make: Any, t
     assert texts(desk.together(orders)) == by_transformers(desk, orders)
 
 
-@pytest.mark.parametrize(
-    "how", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"cpu_memory": 90, "disk": True}], ids=str
-)
+@pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=str)
 def test_quantized_models_answer_as_alone_together_or_one_after_another(
     how: dict[str, Any], demo_model: Path, tmp_path: Path
 ) -> None:
