@@ -77,11 +77,12 @@ def test_an_answer_can_be_closed_while_another_thread_waits_for_it(cold: Supervi
     reader.start()
     cold.when(lambda s: s.generating == 1)
     until(lambda: answer._response is not None, "the worker's response")
+    until(lambda: len(chunks) == (text == "hang"), "what it says before it says no more")
     began = time.monotonic()
     answer.close()
     reader.join(LIMIT_S)
     assert time.monotonic() - began < 2
-    assert len(chunks) == (text == "hang")
+    assert len(chunks) == (text == "hang")  # none came after
     assert text_of(cold.supervisor.generate(prompt("2"))) == "1 2 "  # the worker lives on
 
 

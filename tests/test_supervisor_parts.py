@@ -13,7 +13,7 @@ from modules.protocol import Progress
 from modules.supervisor import decode_exit
 from modules.supervisor.exits import oom_kills
 from modules.supervisor.log_tail import MAX_LINES, LogTail
-from modules.supervisor.state import Record
+from modules.supervisor.state import Record, State
 from tests.supervised import order
 
 
@@ -95,3 +95,10 @@ def test_the_time_left_is_unknown_without_a_total() -> None:
     assert record.eta_s is not None
     record.advance(Progress("reading", 10, 10))
     assert record.eta_s == 0
+
+
+def test_a_worker_that_tells_how_far_it_is_loads() -> None:
+    record = Record()
+    record.begin(order("first"))
+    record.advance(Progress("reading", 1, 10))
+    assert record.state is State.LOADING

@@ -114,6 +114,8 @@ class Record:
         if new_stage or progress.done < self._stage[1]:
             self._stage = (time.monotonic(), progress.done)
         self.progress = progress
+        if self.state is State.STARTING:
+            self.state = State.LOADING  # its first words may overtake its answer to the order
 
     def finish(self, state: State) -> None:
         """The end of a load."""
