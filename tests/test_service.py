@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from modules.errors import (
 )
 from modules.options import LOAD_OPTIONS, LoadOptions, Spec
 from modules.protocol import Done, Piece
-from modules.service import Source
+from modules.service import Source, Stop
 from modules.supervisor import State
 from tests import checkpoints, loras
 from tests.services import CountedMeasure, CountedSettings, Make, services
@@ -292,11 +291,11 @@ def test_load_answer_stop_unload(make: Make) -> None:
     assert "Paris" in "".join(chunk.text for chunk in chunks if isinstance(chunk, Piece))
     assert isinstance(chunks[-1], Done)
 
-    stopped = threading.Event()
+    stop = Stop()
     got: list[Any] = []
-    for chunk in service.generate({"max_new_tokens": 2000}, prompt="Once upon a time", stopped=stopped):
+    for chunk in service.generate({"max_new_tokens": 2000}, prompt="Once upon a time", stop=stop):
         got.append(chunk)
-        stopped.set()
+        stop.set()
     assert isinstance(got[-1], Done)
     assert got[-1].finish_reason == "cancelled"
     service.unload()

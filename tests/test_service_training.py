@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from modules.errors import (
     WorkerKilled,
 )
 from modules.options import LoadOptions
-from modules.service import Service
+from modules.service import Service, Stop
 from modules.service.training import Data, Phase, TrainState
 from modules.service.training import job as training_job
 from modules.service.training.training import refuse
@@ -232,12 +231,12 @@ def test_the_model_makes_room_after_a_yes_and_comes_back(
     assert (estimate.fits, estimate.beside, estimate.ends_first) == (True, False, "demo")
     with pytest.raises(MustUnload, match="demo"):
         loaded.training.start("roomy", data, QUICK)
-    stopped = threading.Event()
-    answer = loaded.generate({"max_new_tokens": 200, "temperature": 0}, prompt="the", stopped=stopped)
+    stop = Stop()
+    answer = loaded.generate({"max_new_tokens": 200, "temperature": 0}, prompt="the", stop=stop)
     next(answer)
     with pytest.raises(Busy, match="answers are being made"):
         loaded.training.start("roomy", data, QUICK, unload=True)
-    stopped.set()
+    stop.set()
     assert list(answer)
     wait_until(lambda: loaded.snapshot().generating == 0)
 

@@ -4,6 +4,7 @@ from modules.service.fit import Fit
 from modules.service.loras import LoraOffer, LoraPlan, entries_of, merged_name
 from modules.service.merging import MergeState
 from modules.service.service import Service, Source
+from modules.service.stopping import Stop
 from modules.service.traffic import Traffic
 from modules.service.view import View
 
@@ -14,6 +15,7 @@ __all__ = [
     "MergeState",
     "Service",
     "Source",
+    "Stop",
     "Traffic",
     "View",
     "entries_of",

@@ -28,7 +28,7 @@ from modules.protocol import (
 from modules.service.learned import Learned
 from modules.service.loras import Loras
 from modules.service.on_demand import OnDemand
-from modules.service.pump import Pump
+from modules.service.stopping import Stop, chunks
 from modules.service.traffic import Traffic
 from modules.settings import Settings
 from modules.supervisor import Fleet, Supervisor, Use
@@ -112,10 +112,10 @@ class Answering:
         prompt: str = "",
         continue_last: bool = False,
         loras: Sequence[str] | None = None,
-        stopped: threading.Event | None = None,
+        stop: Stop | None = None,
         user: str = "",
     ) -> Iterator[Chunk]:
-        """An answer as it comes: Waiting …, Piece …, then Done. Setting ``stopped`` or closing the iterator ends it.
+        """An answer as it comes: Waiting …, Piece …, then Done. ``stop`` or closing the iterator ends it.
 
         ``user``: whose it is; where many wait, users take turns.
         ``loras``: answer with this set, this once; empty: with the base model; None: with the active set.
@@ -124,14 +124,14 @@ class Answering:
         chat: ChatMessages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
         adapters = None if loras is None else self.loras.checked(loras)
         order = GenerateOrder(self.generation(values), chat, prompt, continue_last, adapters, user=user)
-        yield from self.stream(order, stopped or threading.Event())
+        yield from self.stream(order, stop or Stop())
 
-    def stream(self, order: GenerateOrder, stopped: threading.Event, use: Use | None = None) -> Iterator[Chunk]:
+    def stream(self, order: GenerateOrder, stop: Stop, use: Use | None = None) -> Iterator[Chunk]:
         """As :meth:`generate`, for an order that says more than the page's do, by the model that ``use`` holds."""
         begin, first_token_s = time.monotonic(), None
         with use.again() if use else self.fleet.need() as held:
             try:
-                for chunk in Pump(held.supervisor, order, stopped).chunks():
+                for chunk in chunks(held.supervisor, order, stop):
                     if first_token_s is None and isinstance(chunk, Piece):
                         first_token_s = time.monotonic() - begin
                     if isinstance(chunk, Done):

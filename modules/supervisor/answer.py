@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Answer(Iterator[Chunk]):
-    """Waiting …, Piece …, then one Done or Failed. Read it on one thread; :meth:`close` it from any.
+    """Waiting …, Piece …, then one Done or Failed. Read it on one thread; :meth:`stop` or :meth:`close` it from any.
 
-    Closing stops the generation, also while another thread waits for the first token, whose loop then ends.
+    Both end the generation, also while another thread waits for the first token, whose loop then ends.
     An answer that is dropped is closed. Raises what the worker refused with, and WorkerCrashed, WorkerKilled
     or Cancelled (the model was unloaded) where it breaks off. The command is sent at the first ``next()``.
     """
@@ -110,12 +110,16 @@ class Answer(Iterator[Chunk]):
             self.over = True
             self._on_change(self)
 
-    def close(self) -> None:
-        """Stop the generation. Returns at once; may be called again."""
+    def stop(self) -> None:
+        """End the generation, and the loop of whoever reads. Waits for nobody; may be called again."""
         self._closed = True
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
+
+    def close(self) -> None:
+        """End the generation and give the connection back. May be called again."""
+        self.stop()
         with self._reading:
             self._finish()
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from modules.errors import LoadstoneError, NothingLoaded
 from modules.protocol import Done, Piece, Waiting
-from modules.service import Service
+from modules.service import Service, Stop
 from modules.supervisor import Snapshot
 from modules.ui.common import small, warn
 from modules.ui.live import Live, LiveAnswers
@@ -28,33 +28,33 @@ class Stops:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._events: dict[str, threading.Event] = {}
+        self._stops: dict[str, Stop] = {}
 
-    def begin(self, session: str) -> threading.Event:
-        """The stop signal of a new answer. An answer that was still coming is stopped, and no longer shown."""
-        event = threading.Event()
+    def begin(self, session: str) -> Stop:
+        """The stop of a new answer. An answer that was still coming is stopped, and no longer shown."""
+        stop = Stop()
         with self._lock:
-            if (earlier := self._events.get(session)) is not None:
+            if (earlier := self._stops.get(session)) is not None:
                 earlier.set()
-            self._events[session] = event
-        return event
+            self._stops[session] = stop
+        return stop
 
-    def is_shown(self, session: str, event: threading.Event) -> bool:
-        """Whether the answer with this signal is the one that the tab shows."""
+    def is_shown(self, session: str, stop: Stop) -> bool:
+        """Whether the answer with this stop is the one that the tab shows."""
         with self._lock:
-            return self._events.get(session) is event
+            return self._stops.get(session) is stop
 
     def stop(self, session: str) -> None:
         """Stop the answer; what has come stays."""
         with self._lock:
-            if (event := self._events.get(session)) is not None:
-                event.set()
+            if (stop := self._stops.get(session)) is not None:
+                stop.set()
 
     def drop(self, session: str) -> None:
         """Stop the answer and show no more of it."""
         with self._lock:
-            if (event := self._events.pop(session, None)) is not None:
-                event.set()
+            if (stop := self._stops.pop(session, None)) is not None:
+                stop.set()
 
 
 @dataclass(frozen=True)
@@ -121,27 +121,27 @@ def answer(
         error: LoadstoneError = NothingLoaded("No model is loaded.")
         yield settled(question.before, str(error), text=question.text or None)
         return
-    stopped = stops.begin(session)
+    stop = stops.begin(session)
     done, failure = None, None
     with lives.begin(place) as live:
         yield working(question.history, live.line("thinking …"))
         try:
             rendered = 0.0
-            for chunk in service.generate(question.values, **request(question), stopped=stopped, user=session):
+            for chunk in service.generate(question.values, **request(question), stop=stop, user=session):
                 if isinstance(chunk, Done):
                     done = chunk
-                elif isinstance(chunk, Waiting) and stops.is_shown(session, stopped):
+                elif isinstance(chunk, Waiting) and stops.is_shown(session, stop):
                     yield _in_line(live, chunk)
                 elif isinstance(chunk, Piece):
                     live.text += chunk.text
-                    if (now := time.monotonic()) - rendered >= RENDER_S and stops.is_shown(session, stopped):
+                    if (now := time.monotonic()) - rendered >= RENDER_S and stops.is_shown(session, stop):
                         rendered = now
                         yield _so_far(question, live)
         except LoadstoneError as problem:
             failure = problem
         finally:
-            stopped.set()
-    if stops.is_shown(session, stopped):
+            stop.set()
+    if stops.is_shown(session, stop):
         yield _ended(service, question, live.text, done, failure)
     else:  # another answer, or an empty chat, stands there by now
         yield nothing()

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from modules.api.openai.reaching import disconnected
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
-from modules.service import Service
+from modules.service import Service, Stop
 from modules.service.traffic import seen_of
 from modules.supervisor import Use
 
@@ -62,7 +62,7 @@ class Running:
         self._lane = lane
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()  # of (choice, what came)
-        self._stops = [threading.Event() for _ in orders]  # one each: an answer sets its own when it ends
+        self._stop = Stop()
         self._request = request
         self._seen = seen_of(request.scope)
         self._seen.model = use.name
@@ -77,7 +77,7 @@ class Running:
 
     def _run(self, service: Service, index: int, order: GenerateOrder, use: Use) -> None:
         try:
-            for chunk in service.stream(order, self._stops[index], use):
+            for chunk in service.stream(order, self._stop, use):
                 self._tell(index, chunk)
                 if isinstance(chunk, Done):
                     return
@@ -114,8 +114,7 @@ class Running:
                 if isinstance(chunk, Piece | Done):
                     yield index, chunk
         finally:
-            for stop in self._stops:
-                stop.set()
+            self._stop.set()
             gone.cancel()
 
     async def _tell_when_gone(self) -> None:
