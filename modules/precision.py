@@ -8,22 +8,31 @@ from modules.options import LoadOptions
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+_SLOW_BF16 = (
+    "This processor has no instructions for bfloat16 and is many times slower in it than in float32: "
+    "with bf16 off, the weights take twice the memory."
+)
+
 
 def weights_dtype(
-    options: LoadOptions, *, stored: str, prequantized: bool, gpus: int, gpu_bf16: bool = True
-) -> tuple[str, tuple[str, ...]]:
+    options: LoadOptions, *, stored: str, prequantized: bool, gpus: int, gpu_bf16: bool = True,
+    cpu_bf16: bool = True,
+) -> tuple[str, tuple[str, ...]]:  # fmt: skip
     """The dtype's name, with notes on a choice that the options do not show.
 
     ``stored``: the checkpoint's dtype by name, ``""`` = not known. ``prequantized``: it holds packed weights that
     stay packed (not GGUF, which is unpacked). ``gpus``: how many the options let the model touch; ``gpu_bf16``:
-    whether they compute in bfloat16.
+    whether they compute in bfloat16. ``cpu_bf16``: whether the processor does so without detours.
     """
     if gpus == 0:
         if prequantized:
             return (stored if stored in DTYPE_BYTES else "bfloat16"), ()
-        if options.bf16 or options.load_in_4bit or options.load_in_8bit:
+        if options.load_in_4bit or options.load_in_8bit:
             return "bfloat16", _without_gpu(options)
-        return "float32", _without_gpu(options, ", in float32; bf16 halves the memory")
+        if options.bf16:
+            return "bfloat16", _without_gpu(options) if cpu_bf16 else (*_without_gpu(options), _SLOW_BF16)
+        slower = "" if cpu_bf16 else ", and is many times slower on this processor"
+        return "float32", _without_gpu(options, f", in float32; bf16 halves the memory{slower}")
     if options.bf16 and not prequantized:
         return "bfloat16", ()
     if stored == "bfloat16" and gpu_bf16:

@@ -144,7 +144,8 @@ class LoadOptions:
     )  # fmt: skip
     compute_dtype: str = option(
         "choice", "auto", "4-bit computing type",
-        "The type in which 4-bit layers compute. auto: bfloat16 where the device has it, else float16.",
+        "The type in which 4-bit layers compute. auto: bfloat16 where the device has it, else "
+        "float16 on a GPU and float32 on a processor.",
         group="4-bit", flag="--compute_dtype", choices=("auto", "bfloat16", "float16", "float32"),
         applies=_in_4bit, effect="bnb_4bit_compute_dtype",
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,10 @@ from modules.ui.answering import (
     plain,
     settled,
 )
-from modules.ui.common import DIRECT, QUIET, edits, small
-from modules.ui.form import option_value, widget
+from modules.ui.common import DIRECT, QUIET, small
+from modules.ui.form import option_value, widget, widget_value
 from modules.ui.live import LiveAnswers
+from modules.ui.remembered import Remembered
 
 MOST_ANSWERS = 24  # at a time, the rest wait: each holds one of the web process's 40 threads while it comes
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
@@ -56,12 +56,8 @@ class ChatTab:
 
     @property
     def settings(self) -> list[Any]:
-        """The widgets whose values shape an answer: the mode, the LoRAs, then those that the browser remembers."""
-        return [self.mode, self.loras.chosen, *self.remembered]
-
-    @property
-    def remembered(self) -> list[Any]:
-        return [self.system, *self.fields.values()]
+        """The widgets whose values shape an answer: the mode, the LoRAs, the system prompt, then the sampling."""
+        return [self.mode, self.loras.chosen, self.system, *self.fields.values()]
 
     @property
     def follows_answer(self) -> list[Any]:
@@ -146,23 +142,6 @@ def _take_back(history: History, text: str) -> tuple[History, Any]:
     if not kept:
         return plain(history), gr.skip()
     return kept[:-1], gr.skip() if text.strip() else kept[-1]["content"]
-
-
-def _usual(tab: ChatTab, service: Service) -> str:
-    """The values of ``tab.remembered`` where this browser keeps none, as JavaScript."""
-    defaults = service.generation_defaults()
-    usual = {"system": "", **{name: getattr(defaults, name) for name in tab.fields}}
-    return f"const usual = Object.entries({json.dumps(usual)}); "
-
-
-# In the browser and not on the server: answers that overtake one another would bring old values back.
-# Only what differs is kept, so that a changed default is not hidden by an old one. What somebody has typed before
-# the page was complete stays.
-_REMEMBER = """localStorage.setItem('loadstone-chat', JSON.stringify(Object.fromEntries(
-  usual.map(([name, value], i) => [name, values[i], value])
-  .filter(([, now, value]) => now !== null && now !== value))))"""
-_RECOVER = """let kept = {}; try { kept = JSON.parse(localStorage.getItem('loadstone-chat')) ?? {} } catch {}
-  return usual.map(([name, value], i) => (now[i] ?? value) !== value ? now[i] : kept[name] ?? value)"""
 
 
 @dataclass(frozen=True)
@@ -258,12 +237,20 @@ def wire(tab: ChatTab, service: Service, stops: Stops, lives: LiveAnswers) -> No
         end.then(None, tab.loras.beside, None, js=chat_loras.ASK)
     chat_loras.wire(tab.loras, tab.chatbot, [tab.clear.click, tab.chatbot.clear], tab.stop, comparison)
     tab.stop.click(chat.stop, None, None, **DIRECT)
-    keep = f"(...values) => {{ {_usual(tab, service)} {_REMEMBER} }}"
-    gr.on(edits(tab.remembered), None, tab.remembered, None, js=keep, trigger_mode="multiple", **QUIET)
+    _remembered(tab, service).keep()
+
+
+def _remembered(tab: ChatTab, service: Service) -> Remembered:
+    """The settings, which are this browser's; the conversation is the browser tab's."""
+    defaults = service.generation_defaults()
+    sampling = {
+        name: (field, widget_value(GENERATION_OPTIONS[name], getattr(defaults, name)))
+        for name, field in tab.fields.items()
+    }
+    return Remembered("loadstone-chat", {"system": (tab.system, ""), **sampling})
 
 
 def wire_recall(page: gr.Blocks, tab: ChatTab, service: Service) -> None:
     """Bring back, when the page is opened, this browser tab's conversation and this browser's settings."""
-    recover = f"(...now) => {{ {_usual(tab, service)} {_RECOVER} }}"
-    page.load(None, tab.remembered, tab.remembered, js=recover)
+    _remembered(tab, service).recover(page)
     page.load(None, tab.chatbot, tab.chatbot, js=_RECALL)

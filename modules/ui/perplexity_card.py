@@ -41,6 +41,11 @@ class PerplexityCard:
         return [self.window, self.stride, self.most]
 
     @property
+    def remembered(self) -> dict[str, tuple[Any, Any]]:
+        """The numbers that a browser keeps, by name, and their usual values: empty ones."""
+        return {"window": (self.window, None), "stride": (self.stride, None), "most": (self.most, None)}
+
+    @property
     def follows_state(self) -> list[Any]:
         """What :func:`state_updates` updates."""
         return [self.line, self.table, self.measure, self.cancel, self.forget]

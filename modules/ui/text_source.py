@@ -33,6 +33,12 @@ class TextSource:
         return [self.kind, *self.fields]
 
     @property
+    def remembered(self) -> dict[str, tuple[Any, Any]]:
+        """The widgets that a browser can keep, by name, and their usual values."""
+        hub = {HUB: (self.hub, "")} if self.hub is not None else {}
+        return {"from": (self.kind, UPLOAD), PASTE: (self.paste, ""), **hub}
+
+    @property
     def fields(self) -> list[Any]:
         return [field for field in (self.upload, self.paste, self.hub) if field is not None]
 

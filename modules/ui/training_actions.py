@@ -22,8 +22,6 @@ from modules.ui.training_views import estimate_card, preview_card
 
 START, RESUME = "start", "resume "
 _TO_PREVIEW = "() => document.getElementById('training-preview').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
-# Gradio 6.31 draws an empty number as 0, which hides what an empty one stands for.
-_EMPTY = "(...numbers) => numbers.map(number => number || null)"
 _HIDDEN = gr.update(visible="hidden")
 
 
@@ -160,6 +158,7 @@ def wire(tab: TrainingTab, service: Service, tabs: gr.Tabs, beside: gr.Dropdown)
     """Connect the tab's widgets to the service. ``tabs`` and ``beside``: where an answer is compared."""
     actions = Actions(tab, service)
     _wire_looking(tab, actions)
+    tab.remembered.keep()
     attempt, state = [*tab.follows_attempt, *tab.follows_state], [tab.line, *tab.follows_state]
     named = [tab.name, *tab.inputs]
     gr.on([tab.start.click, tab.name.submit], actions.start, named, attempt, **DIRECT)
@@ -198,8 +197,9 @@ def _wire_looking(tab: TrainingTab, actions: Actions) -> None:
 
 
 def wire_opening(page: gr.Blocks, tab: TrainingTab) -> None:
-    """When the page is opened: numbers that are left to the program are empty, and say what that means."""
-    page.load(None, tab.numbers, tab.numbers, js=_EMPTY)
+    """When the page is opened: what this browser remembers, and what is of no effect with it."""
+    fields = [*tab.fields.values()]
+    tab.remembered.recover(page).then(lambda *raw: field_updates(raw), fields, fields, **DIRECT)
 
 
 def follow(events: Sequence[Any], tab: TrainingTab, service: Service) -> None:

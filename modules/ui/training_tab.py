@@ -16,6 +16,7 @@ from modules.training.messages import DATA_FORMATS
 from modules.ui import cards, perplexity_card, text_source
 from modules.ui.form import widget_value
 from modules.ui.model_tab import fix_label
+from modules.ui.remembered import Remembered
 from modules.ui.training_form import Fields, build_fields
 from modules.ui.training_views import problem_card, run_in_words, training_card
 
@@ -67,10 +68,14 @@ class TrainingTab:
         return [self.data_format, *self.source.widgets, *self.fields.values()]
 
     @property
-    def numbers(self) -> list[Any]:
-        """The fields that are empty where a number is left to the program."""
-        left = [name for name, spec in TRAINING_OPTIONS.items() if widget_value(spec, spec.default) is None]
-        return [*(self.fields[name] for name in left), *self.perplexity.numbers]
+    def remembered(self) -> Remembered:
+        """What a browser keeps: all but the name, which is another for each LoRA, and an upload, which it cannot."""
+        options = {
+            name: (field, widget_value(TRAINING_OPTIONS[name], TRAINING_OPTIONS[name].default))
+            for name, field in self.fields.items()
+        }
+        data = {"format": (self.data_format, DATA_FORMATS[0]), **self.source.remembered}
+        return Remembered("loadstone-training", {**options, **data, **self.perplexity.remembered})
 
     @property
     def follows_state(self) -> list[Any]:
@@ -131,8 +136,8 @@ def _data() -> tuple[text_source.TextSource, gr.Dropdown]:
         hub=True, placeholder=_EXAMPLE,
     )  # fmt: skip
     data_format = gr.Dropdown(
-        [(_FORMATS[name], name) for name in DATA_FORMATS], value="auto", label="Format", elem_id="training-format",
-        filterable=False, interactive=True,
+        [(_FORMATS[name], name) for name in DATA_FORMATS], value=DATA_FORMATS[0], label="Format",
+        elem_id="training-format", filterable=False, interactive=True,
     )  # fmt: skip
     return source, data_format
 

@@ -31,9 +31,12 @@ def on_the_fly(options: LoadOptions) -> bool:
 
 
 def compute_dtype(options: LoadOptions, device: DeviceFacts) -> torch.dtype:
-    """The type in which 4-bit layers compute; ``auto`` is bfloat16 where the device has it, else float16."""
+    """The type in which 4-bit layers compute; ``auto``: bfloat16 where the device has it, else float16 on a GPU and
+    float32 on a processor."""
     if options.compute_dtype != "auto":
         return DTYPES[options.compute_dtype]
+    if device.gpus == 0:
+        return torch.bfloat16 if device.cpu_bf16 else torch.float32
     return torch.bfloat16 if device.bf16 else torch.float16
 
 

@@ -120,6 +120,45 @@ def test_start_watch_the_curve_stop_apply_and_compare(server: Server, open_page:
     expect(page.locator("#other")).to_contain_text("Paris", timeout=TRAIN_MS)
 
 
+def test_what_does_not_fit_is_trained_after_a_yes(server: Server, open_page: Callable[..., Page]) -> None:
+    page = training(open_page(server))
+    paste(page, lesson("Three blue kites."))
+    # The estimate is for a whole batch; these examples do not fill one, and so it is safe to go on.
+    set_options(page, cutoff=64, rank=2, batch_size=4096, max_steps=2, evaluation_share=0)
+    page.locator("#training-name").locator("input, textarea").fill("kites")
+    page.locator("#training-start").click()
+    expect(page.locator("#training-line .error")).to_contain_text("Training takes about")
+    page.locator("#training-no").click()
+    expect(page.locator("#training-line .error")).to_be_hidden()
+    expect(page.locator("#training-anyway")).to_be_hidden()
+    page.locator("#training-start").click()
+    page.locator("#training-anyway").click()
+    expect(page.locator("#training-anyway")).to_be_hidden()
+    expect(page.locator("#training-card")).to_contain_text("kites is in the LoRA menu", timeout=TRAIN_MS)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_was_set_comes_back(server: Server, open_page: Callable[..., Page], width: int) -> None:
+    page = training(open_page(server, width=width))
+    paste(page, lesson())
+    set_options(page, rank=3, cutoff=77, max_steps=9)
+    page.get_by_role("button", name="Perplexity").click()
+    page.locator("#perplexity-window input").fill("96")
+    page.locator("#perplexity-window input").blur()
+    wait_for(lambda: '"window":96' in page.evaluate("localStorage.getItem('loadstone-training') ?? ''"), "the memory")
+    page.reload()
+    training(page)
+    expect(page.locator("#training-paste textarea")).to_have_value(lesson())
+    expect(page.locator("#training-upload")).to_be_hidden()
+    expect(page.locator("#training-rank input").first).to_have_value("3")
+    expect(page.locator("#training-epochs input").first).to_be_disabled()  # the steps are given
+    page.get_by_role("button", name="Perplexity").click()
+    expect(page.locator("#perplexity-window input")).to_have_value("96")
+    expect(page.locator("#perplexity-stride input")).to_have_value("")  # left to the program
+    page.get_by_role("button", name="More on learning").click()
+    expect(page.locator("#training-max_steps input").first).to_have_value("9")
+
+
 def training_of_another(server: Server, open_page: Callable[..., Page]) -> Page:
     """Another browser, in which the same training is seen."""
     page = open_page(server, width=390, height=800)

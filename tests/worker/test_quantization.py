@@ -23,6 +23,9 @@ REST = 28_346_688 * 2  # bytes of what stays bfloat16: the tied embedding and th
 ROTARY = 2 * 32 * 4  # bytes of the two float32 buffers of inverse frequencies
 GPU = DeviceFacts((24 * GIB,), bf16=True, ram_free_bytes=64 * GIB)
 OLD_GPU = DeviceFacts((16 * GIB,), bf16=False, ram_free_bytes=64 * GIB)
+CPU = DeviceFacts(ram_free_bytes=64 * GIB)
+OLD_CPU = DeviceFacts(cpu_bf16=False, ram_free_bytes=64 * GIB)
+AUTO_DTYPE = torch.bfloat16 if transformers_loader.device_facts().cpu_bf16 else torch.float32
 
 needs_gptqmodel = pytest.mark.skipif(bool(packages.missing("gptq")), reason="the optional package gptqmodel is missing")
 
@@ -49,7 +52,7 @@ def test_4bit_converts_every_linear_layer(nf4: transformers_loader.LoadedModel) 
     for layer in layers(nf4.model, bnb.nn.Linear4bit):
         assert layer.weight.quant_state.quant_type == "nf4"
         assert layer.weight.quant_state.nested is False
-        assert layer.compute_dtype == torch.bfloat16  # auto, on a CPU
+        assert layer.compute_dtype == AUTO_DTYPE
 
 
 def test_4bit_takes_half_a_byte_and_a_scale_a_parameter(nf4: transformers_loader.LoadedModel) -> None:
@@ -68,7 +71,7 @@ def test_double_quantization_takes_less(demo_model: Path, tmp_path: Path, nf4: t
 @pytest.mark.parametrize(
     ("options", "quant_type", "dtype"),
     [
-        ({"quant_type": "fp4"}, "fp4", torch.bfloat16),
+        ({"quant_type": "fp4"}, "fp4", AUTO_DTYPE),
         ({"compute_dtype": "float16"}, "nf4", torch.float16),
         ({"compute_dtype": "float32"}, "nf4", torch.float32),
     ],
@@ -83,7 +86,10 @@ def test_type_and_compute_dtype_reach_the_layers(
     assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("device", "dtype"), [(GPU, torch.bfloat16), (OLD_GPU, torch.float16)])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [(GPU, torch.bfloat16), (OLD_GPU, torch.float16), (CPU, torch.bfloat16), (OLD_CPU, torch.float32)],
+)
 def test_auto_compute_dtype_is_what_the_device_has(device: DeviceFacts, dtype: torch.dtype) -> None:
     options = checkpoints.order_for(Path("m"), Path("w"), load_in_4bit=True).options
     assert quantization.compute_dtype(options, device) == dtype
@@ -106,8 +112,8 @@ def test_conv1d_layers_are_converted_too(tmp_path: Path) -> None:
 def test_a_saved_bitsandbytes_copy_answers_like_one_quantized_while_loading(
     tmp_path: Path, bits: int, kind: str
 ) -> None:
-    options = {"load_in_4bit": True, "use_double_quant": True} if bits == 4 else {"load_in_8bit": True}
-    fresh = load(checkpoints.llama(), tmp_path, **options)
+    four_bit = {"load_in_4bit": True, "use_double_quant": True, "compute_dtype": "bfloat16"}
+    fresh = load(checkpoints.llama(), tmp_path, **(four_bit if bits == 4 else {"load_in_8bit": True}))
     saved = load(checkpoints.bitsandbytes(bits), tmp_path, quantization="bitsandbytes")
     assert saved.report.layer_classes == {kind: 14, "Linear": 1}
     prompt = torch.arange(3, 40)[None]
@@ -131,8 +137,8 @@ def test_a_layer_that_was_left_out_is_noticed(tmp_path: Path) -> None:
 
 def test_another_compute_dtype_is_noticed(tmp_path: Path) -> None:
     result = load(checkpoints.llama(), tmp_path, load_in_4bit=True)
-    result.model.model.layers[0].mlp.up_proj.compute_dtype = torch.float32
-    with pytest.raises(WrongResult, match="float32"):
+    result.model.model.layers[0].mlp.up_proj.compute_dtype = torch.float16
+    with pytest.raises(WrongResult, match="float16"):
         quantization.verify(result.model, result.order, transformers_loader.device_facts())
 
 

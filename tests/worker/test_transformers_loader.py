@@ -106,6 +106,23 @@ def test_a_machine_without_a_gpu_says_what_it_does() -> None:
     assert dtype_for(NO_GPU, "bfloat16")[0] == torch.float32
     assert "float32; bf16 halves the memory" in dtype_for(NO_GPU, "bfloat16")[1]
     assert dtype_for(NO_GPU, "bfloat16", cpu=True) == (torch.float32, "")
+    assert dtype_for(NO_GPU, "bfloat16", cpu=True, bf16=True) == (torch.bfloat16, "")
+
+
+def test_a_processor_without_bfloat16_says_how_slow_it_is() -> None:
+    old = DeviceFacts(cpu_bf16=False, ram_free_bytes=8 * GIB)
+    assert "many times slower on this processor" in dtype_for(old, "bfloat16")[1]
+    for cpu in (False, True):
+        dtype, note = dtype_for(old, "bfloat16", cpu=cpu, bf16=True)
+        assert (dtype, "no instructions for bfloat16" in note) == (torch.bfloat16, True)
+    assert dtype_for(GPU, "bfloat16", cpu=True) == (torch.float32, "")
+
+
+def test_what_the_processor_has_is_told() -> None:
+    with Path("/proc/cpuinfo").open() as told:
+        flags = next((set(line.split()) for line in told if line.startswith("flags")), set())
+    if "avx2" in flags:  # else this is no x86
+        assert transformers_loader.device_facts().cpu_bf16 is ({"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags)
 
 
 def test_on_a_gpu_weights_are_float16_unless_the_checkpoint_is_bfloat16() -> None:

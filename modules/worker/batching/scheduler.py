@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
+from transformers import GenerationConfig
 
 from modules.protocol import AdapterChoice, Done, Failed
-from modules.worker.batching.choosing import Chooser
+from modules.worker.batching.choosing import Chooser, defaults
 from modules.worker.batching.line import Line, Ticket
 from modules.worker.batching.row import Row, Set
 from modules.worker.batching.slabs import Slabs
@@ -146,10 +148,14 @@ class Scheduler:
 
     def _row(self, ticket: Ticket) -> Row:
         answer = Answer(self._loaded, ticket.order, ticket.emit, ticket.stopped)
-        chooser = Chooser(self._loaded.model, answer, self._steps.device)
+        chooser = Chooser(self._loaded.model, self._defaults, answer, self._steps.device)
         chosen = ticket.order.adapters
         adapters = self._active() if chosen is None else chosen
         return Row([*answer.prompt_ids], adapters, ticket=ticket, answer=answer, chooser=chooser)
+
+    @cached_property
+    def _defaults(self) -> GenerationConfig:
+        return defaults(self._loaded.model)
 
     def _join(self, adapters: Set, before: int) -> None:
         while (row := self._newcomer(before)) is not None and row.adapters == adapters:

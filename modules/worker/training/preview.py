@@ -19,7 +19,8 @@ from modules.worker.training.encoding import Encoded, encode_all, token_texts
 _MOST_EXAMPLES = 2000  # that are counted; the rest are taken to be like them
 _MOST_CHARACTERS = 2_000_000  # of a running text
 _MOST_TOKENS = 2048  # of an example that are shown
-_SIZE = 1024  # of the matrix that is multiplied
+_SIZES = (128, 256, 512, 1024)  # of the matrix that is multiplied
+_LONG_S = 0.01  # a larger one would take eight times as long
 
 
 def preview(order: PreviewOrder, model: Any, tokenizer: Any) -> Preview:
@@ -73,20 +74,28 @@ def _steps(kept: list[Encoded], counts: Counts, share: float, options: TrainingO
 
 
 def matmul_flops(model: Any) -> float:
-    """Multiplications and additions per second of one large product, where the model computes."""
+    """Multiplications and additions per second of a product as large as can be made in a moment, where the model
+    computes: a processor without bfloat16 takes seconds for one that a GPU makes in microseconds."""
     parameter = next(iter(model.parameters()))
     dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
     if dtype == torch.float16 and parameter.device.type == "cpu":
         dtype = torch.bfloat16  # as it is trained
-    matrix = torch.ones((_SIZE, _SIZE), dtype=dtype, device=parameter.device)
-    best = 0.0
-    for _ in range(3):
-        _wait(matrix)
-        begin = time.perf_counter()
-        matrix @ matrix
-        _wait(matrix)
-        best = max(best, 2 * _SIZE**3 / (time.perf_counter() - begin))
-    return best
+    rate = 0.0
+    for size in _SIZES:
+        matrix = torch.ones((size, size), dtype=dtype, device=parameter.device)
+        seconds = min(_seconds(matrix) for _ in range(2))  # the first one may set something up
+        rate = 2 * size**3 / seconds
+        if seconds > _LONG_S:
+            break
+    return rate
+
+
+def _seconds(matrix: torch.Tensor) -> float:
+    _wait(matrix)
+    begin = time.perf_counter()
+    matrix @ matrix
+    _wait(matrix)
+    return time.perf_counter() - begin
 
 
 def _wait(tensor: torch.Tensor) -> None:
