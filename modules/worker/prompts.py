@@ -63,6 +63,7 @@ class Prompter:
             ids = list(order.prompt_ids) or self._raw(order.prompt)
             if order.whole:
                 self._must_fit(ids, "prompt")
+                return Prompt(ids)
             return Prompt(self._cut_left(ids, self.ctx_tokens - self._room(order.options.max_new_tokens)))
         if order.whole:
             prompt = self._encoded(order, order.messages)

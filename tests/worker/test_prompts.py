@@ -138,6 +138,14 @@ def test_a_raw_prompt_loses_its_left_end(tokenizer: Any) -> None:
     assert len(prompt.ids) == 64 - 10
 
 
+def test_a_raw_prompt_that_fits_is_whole_where_it_is_to_be_however_long_the_answer_may_get(tokenizer: Any) -> None:
+    maker = prompter(tokenizer, ctx_tokens=64)
+    text = "word" + " word" * 59
+    prompt = maker.prompt(GenerateOrder(GenerationOptions(max_new_tokens=100), prompt=text, whole=True))
+    assert maker.tokenizer.decode(prompt.ids) == text
+    assert maker.room(prompt) == 4
+
+
 def test_a_leading_special_token_survives_the_cut_and_is_not_doubled(tokenizer: Any) -> None:
     maker = prompter(tokenizer, ctx_tokens=64)
     begin = maker.tokenizer.bos_token
