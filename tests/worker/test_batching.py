@@ -13,8 +13,9 @@ import torch
 
 from modules.errors import LoadFailed, OptionError, OutOfMemory, RequestTooLong
 from modules.protocol import Done, GenerateOrder, Piece, Shape, Waiting
+from modules.worker.batching import scheduler
 from modules.worker.batching.choosing import drawn, key_of
-from modules.worker.generation import generate
+from modules.worker.generation import Answer, generate
 from tests import checkpoints
 from tests.worker.batches import Desk, Told, at_call, order, tiny_llama
 
@@ -138,6 +139,22 @@ def test_who_gave_up_in_the_line_costs_no_step(desk: Desk) -> None:
     desk.work()
     assert desk.steps == 0
     assert told.done.finish_reason == "cancelled"
+
+
+def test_who_leaves_while_the_prompt_is_prepared_does_no_harm(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, leaves, last = (desk.ask(order(number, 12)) for number in range(3))
+    tickets, made = [*desk.line._waiting], list[Answer]()
+
+    def prepared(loaded: Any, asked: Any, *rest: Any) -> Answer:
+        made.append(Answer(loaded, asked, *rest))
+        if len(made) == 2:  # by then the first one is under way
+            desk.line.leave(tickets[1])  # as the event loop does on a thread of its own
+        return made[-1]
+
+    monkeypatch.setattr(scheduler, "Answer", prepared)
+    desk.work()
+    assert texts([first, last]) == by_transformers(desk, [order(0, 12), order(2, 12)])
+    assert not leaves.pieces
 
 
 def test_forms_penalties_and_log_probabilities_are_each_answers_own(desk: Desk) -> None:

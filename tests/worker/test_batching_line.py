@@ -118,3 +118,13 @@ def test_those_who_give_up_are_handed_out_once() -> None:
     assert line.gone() == [gone.ticket]
     assert line.gone() == []
     assert line.first(EVER) is stays.ticket
+
+
+def test_who_has_left_is_not_taken() -> None:
+    line = Line()
+    gone, stays = Asker(line, 1), Asker(line, 2)
+    found = line.first(EVER)
+    line.leave(gone.ticket)
+    assert found is gone.ticket
+    assert not line.take(gone.ticket)
+    assert line.take(stays.ticket)

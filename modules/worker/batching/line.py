@@ -57,12 +57,15 @@ class Line:
             waiting = [ticket for ticket in self._waiting if ticket.number < before]
             return min(waiting, key=lambda one: (self._served[one.user], one.number), default=None)
 
-    def take(self, ticket: Ticket) -> None:
-        """It is this one's turn."""
+    def take(self, ticket: Ticket) -> bool:
+        """It is this one's turn; False where it has left meanwhile, which may be at any moment."""
         with self._lock:
+            if ticket not in self._waiting:
+                return False
             self._waiting.remove(ticket)
             self._round = self._served[ticket.user]
             self._served[ticket.user] += 1
+            return True
 
     def leave(self, ticket: Ticket) -> None:
         """It waits no longer, if it did."""

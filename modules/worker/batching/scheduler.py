@@ -85,7 +85,8 @@ class Scheduler:
         ticket = self._line.first(before)
         if ticket is None:
             return False
-        self._line.take(ticket)
+        if not self._line.take(ticket):
+            return True
         try:
             with self._line.held(), self._using(ticket.order.adapters):
                 generate(self._loaded, ticket.order, ticket.emit, ticket.stopped)
@@ -162,8 +163,9 @@ class Scheduler:
             if row in self._paused:
                 self._paused.remove(row)
             else:
-                self._line.take(row.ticket)
                 self._prepared = None
+                if not self._line.take(row.ticket):
+                    continue
                 row.answer.begin()
             self._rows.append(row)
 
