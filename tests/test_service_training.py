@@ -33,10 +33,14 @@ from modules.errors import (
     WorkerKilled,
 )
 from modules.options import LoadOptions
+from modules.protocol import Failed, encode
 from modules.service import Service, Stop
 from modules.service.training import Data, Phase, TrainState
 from modules.service.training import job as training_job
+from modules.service.training.job import Room
 from modules.service.training.training import refuse
+from modules.training import runs
+from modules.training.messages import TrainOrder
 from tests import checkpoints, trainings
 from tests.conftest import wait_until
 from tests.services import MACHINE, Make, services
@@ -303,3 +307,63 @@ def test_a_process_that_ends_without_a_word_is_told_with_its_log(
     assert [(run.name, run.step) for run in loaded.training.runs()] == [("silent", 0)]
     loaded.training.discard("silent")
     assert left(loaded) == []
+
+
+@pytest.fixture
+def unfinished(loaded: Service, data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainOrder]:
+    """The order of a training that ended before its first checkpoint."""
+    with monkeypatch.context() as patched:
+        code = "import sys; sys.stdin.readline(); sys.exit('no room')"
+        patched.setattr(training_job, "COMMAND", (sys.executable, "-c", code))
+        order = loaded.training.start("taken", data, QUICK)
+        over(loaded)
+    yield order
+    runs.remove(order)
+
+
+def test_a_training_that_another_process_is_at_is_refused_and_stays(
+    loaded: Service, data: Data, unfinished: TrainOrder
+) -> None:
+    training, before = loaded.training, sorted(Path(unfinished.folder).iterdir())
+    with runs.alone(unfinished):
+        assert training.runs() == []
+        for ask in (lambda: training.resume("taken"), lambda: training.discard("taken"),
+                    lambda: training.start("taken", data, QUICK)):  # fmt: skip
+            with pytest.raises(Busy, match="Another process is training taken"):
+                ask()
+        assert not training.state().running
+        assert {*before} <= {*Path(unfinished.folder).iterdir()}
+    assert [run.name for run in training.runs()] == ["taken"]
+    training.discard("taken")
+    assert left(loaded) == []
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_who_comes_second_to_a_training_takes_nothing_from_who_came_first(
+    loaded: Service, unfinished: TrainOrder, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """Both found it unfinished at the same moment, and the other one's process took it first."""
+    code = f"import modules.worker.train as t; t._LOCK_S = {60 if cancelled else 0.2}; raise SystemExit(t.main())"
+    monkeypatch.setattr(training_job, "COMMAND", (sys.executable, "-c", code))
+    before, out = {*Path(unfinished.folder).iterdir()}, Path(unfinished.out)
+    writing = out.with_name(f".{out.name}.partial")
+    with runs.alone(unfinished):
+        writing.mkdir()
+        loaded.training.job.start(unfinished, Room())
+        if cancelled:
+            loaded.training.cancel()
+        state = over(loaded)
+        assert isinstance(state.error, Cancelled if cancelled else Busy)
+        assert before <= {*Path(unfinished.folder).iterdir()}
+        assert writing.is_dir(), "the LoRA that the other process writes"
+    writing.rmdir()
+
+
+def test_a_training_that_cannot_go_on_is_not_deleted_for_it(
+    loaded: Service, unfinished: TrainOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = encode(Failed(DiskFull("There is no space for a checkpoint.")))
+    monkeypatch.setattr(training_job, "COMMAND", (sys.executable, "-c", f"print({failed.decode()!r})"))
+    loaded.training.resume("taken")
+    assert isinstance(over(loaded).error, DiskFull)
+    assert [run.name for run in loaded.training.runs()] == ["taken"]

@@ -6,6 +6,7 @@
     <name>/data.jsonl            a copy of the data, so that a resumed run learns from the same
     <name>/checkpoint-30/        as transformers' Trainer writes it
     <name>/best/                 the LoRA with the smallest evaluation loss so far, and best.json
+    <name>/base.json             what tells the base model's files from others, when the first step was made
     <name>/lock                  held by the process that trains
 """
 
@@ -14,23 +15,83 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from modules.errors import Busy
 from modules.protocol import decode, encode
 from modules.training.messages import TrainOrder
 
 ORDER, BEST, BEST_FILE, LOCK, STATE = "order.json", "best", "best.json", "lock", "trainer_state.json"
+BASE = "base.json"
 CHECKPOINT = "checkpoint-"
+
+
+@contextmanager
+def alone(order: TrainOrder, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the order's run, so that nobody else trains or deletes it.
+
+    Raises Busy where another process holds it for longer than ``wait_s``, and OSError where it cannot be held.
+    """
+    lock = FileLock(os.path.join(order.folder, LOCK))
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout:
+        raise Busy(f"Another process is training {order.name}.", "Wait until it has ended.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def held(order: TrainOrder) -> bool:
+    """Whether a process is training as the order says. Does not wait, and makes no file."""
+    if not os.path.exists(os.path.join(order.folder, LOCK)):
+        return False
+    try:
+        with alone(order):
+            return False
+    except Busy:
+        return True
+    except OSError:  # nobody could train in such a folder
+        return False
+
+
+def remove(order: TrainOrder) -> None:
+    """Delete the order's run, if it is there. Raises Busy where another process is training it: nothing is touched."""
+    if not os.path.isdir(order.folder):
+        return
+    with suppress(OSError), alone(order):
+        shutil.rmtree(order.folder, ignore_errors=True)
+    if os.name == "nt" and not os.path.exists(os.path.join(order.folder, ORDER)):  # an open file, the lock, stays there
+        shutil.rmtree(order.folder, ignore_errors=True)
 
 
 def write_order(folder: Path, order: TrainOrder) -> None:
     """Make the folder a run's. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{ORDER}"
-    partial.write_bytes(encode(order))
-    os.replace(partial, folder / ORDER)
+    _write(folder / ORDER, encode(order))
+
+
+def write_base(folder: Path, files: list[Any]) -> None:
+    """Note the base model's files, as JSON data. Raises OSError."""
+    _write(folder / BASE, json.dumps({"files": files}).encode())
+
+
+def read_base(folder: Path) -> list[Any] | None:
+    """The base model's files when the training began; None where that was not noted."""
+    files = read_json(folder / BASE).get("files")
+    return files if isinstance(files, list) else None
+
+
+def _write(file: Path, content: bytes) -> None:
+    partial = file.with_name(f".{file.name}")
+    partial.write_bytes(content)
+    os.replace(partial, file)
 
 
 def read_order(folder: Path) -> TrainOrder | None:

@@ -6,16 +6,14 @@ Writes what :mod:`modules.training.messages` lists, and Failed with exit status 
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from modules import collector
-from modules.errors import Busy, DiskFull, LoadstoneError, UserError
-from modules.protocol import Failed, Progress, decode
+from modules.errors import DiskFull, LoadstoneError, NotTrainable, UserError
+from modules.protocol import Failed, LoadOrder, Progress, decode
 from modules.training import runs
 from modules.training.messages import TrainCommand, TrainOrder
 from modules.worker import process
@@ -33,6 +31,28 @@ def _typed(error: Exception, order: TrainOrder) -> LoadstoneError:
     if "PytorchStreamWriter failed" in str(error):  # torch.save says no more where the disk is full
         return DiskFull(f"A checkpoint cannot be written in {order.folder}.", details=typed.details)
     return typed
+
+
+def check_base(order: TrainOrder) -> None:
+    """Note the base model's files where the training begins. Raises NotTrainable where it goes on with others."""
+    folder = Path(order.folder)
+    now, before = _base(order.load), runs.read_base(folder)
+    if before is None or not runs.checkpoints(folder):
+        runs.write_base(folder, now)
+    elif now != before:
+        names = sorted({str(facts[0]) for facts in [*now, *before] if facts not in now or facts not in before})
+        raise NotTrainable(
+            f"{order.load.name} has changed since the training of {order.name} began: {', '.join(names)}.",
+            "Bring the former files back, their times included, to go on; or delete the training and start it anew.",
+        )
+
+
+def _base(order: LoadOrder) -> list[Any]:
+    """The model's files, told from others as for quantized copies: name, bytes, mtime in ns, a hash of headers."""
+    from modules.worker.quantized_copies import _facts, _source_files
+
+    path = Path(order.path)
+    return [_facts(path, path.parent, b"")] if order.file_format == "gguf" else _source_files(path, order.file_format)
 
 
 def obey(stdin: int, control: Control) -> None:
@@ -67,14 +87,12 @@ def main() -> int:
     obey(stdin, control)
     try:
         Path(order.folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(os.path.join(order.folder, runs.LOCK), timeout=_LOCK_S):
+        with runs.alone(order, _LOCK_S):
             with collector.spared():
                 process.import_packages()
                 from modules.worker.training.run import train
+            check_base(order)
             emit(train(order, control, emit))
-    except Timeout:
-        emit(Failed(Busy(f"Another process is training {order.name}.", "Wait until it has ended.")))
-        return 1
     except Exception as error:
         emit(Failed(_typed(error, order)))
         return 1

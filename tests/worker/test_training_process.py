@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from modules.errors import NotTrainable
 from modules.protocol import Failed, decode, encode
 from modules.training import runs
 from modules.training.messages import Trained, TrainOrder, TrainStarted, TrainStep
+from modules.worker.train import check_base
 from tests import checkpoints, trainings
 from tests.conftest import ROOT
 
@@ -136,6 +139,43 @@ def test_two_processes_do_not_train_the_same(unbroken: TrainOrder, tmp_path: Pat
         said = run(order, command=("-c", code))
     assert isinstance(said[-1], Failed)
     assert said[-1].error.kind == "busy"
+
+
+def test_a_training_goes_on_with_the_base_model_that_it_began_with_alone(tmp_path: Path) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(checkpoints.llama(), model)
+    order = trainings.order(model, trainings.pairs(tmp_path), tmp_path, **OPTIONS)
+    weights, folder = model / "model.safetensors", Path(order.folder)
+    folder.mkdir()
+    check_base(order)
+    changed, first = weights.stat().st_mtime_ns + 10**9, weights.stat().st_mtime_ns
+    os.utime(weights, ns=(changed, changed))
+    check_base(order)  # there is no checkpoint yet: it begins anew
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / runs.STATE).write_text("{}")
+    check_base(order)
+    os.utime(weights, ns=(first, first))
+    with pytest.raises(NotTrainable, match=r"base has changed since .* lesson began: model\.safetensors\.") as error:
+        check_base(order)
+    assert "start it anew" in error.value.hint
+    said = run(order)
+    assert isinstance(said[-1], Failed)
+    assert said[-1].error.kind == "not_trainable"
+    os.utime(weights, ns=(changed, changed))
+    check_base(order)
+
+
+def test_a_base_model_in_one_file_is_known_again(tmp_path: Path) -> None:
+    file = tmp_path / "base.gguf"
+    file.write_bytes(b"GGUF")
+    order = trainings.order(file, trainings.pairs(tmp_path), tmp_path, {"file_format": "gguf"}, **OPTIONS)
+    (Path(order.folder) / "checkpoint-3").mkdir(parents=True)
+    (Path(order.folder) / "checkpoint-3" / runs.STATE).write_text("{}")
+    check_base(order)
+    check_base(order)
+    file.write_bytes(b"GGUF and more")
+    with pytest.raises(NotTrainable, match=r"base\.gguf"):
+        check_base(order)
 
 
 def test_nonsense_is_answered_with_usage() -> None:

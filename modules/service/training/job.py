@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,20 +53,23 @@ class TrainJob(Watched[TrainState]):
         self._on_over = on_over  # gets the last state of each training
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: Literal["", "pause", "keep", "cancel"] = ""
+        self._new = False  # the run's folder was made for the training that runs
         self._closed = False
 
-    def start(self, order: TrainOrder, room: Room, prepare: Callable[[], None]) -> None:
-        """Begin; returns when ``prepare`` has made the run's folder. Raises Busy while another one runs.
+    def start(self, order: TrainOrder, room: Room, prepare: Callable[[], None] | None = None) -> None:
+        """Begin, in the folder that ``prepare`` makes, or go on in the one that is there. Raises Busy while one runs.
 
-        Raises what ``prepare`` raises: then nothing was begun.
+        Raises what ``prepare`` raises: then nothing was begun. A folder that it made goes with a training that could
+        not be; one that was there stays.
         """
         with self._changed:
             if self._closed:
                 raise Cancelled("Loadstone is shutting down.")
             if self._state.running:
                 raise Busy(f"{self._state.name} is being trained.", "Wait for it to finish, pause it, or cancel it.")
-            prepare()
-            self._asked = ""
+            if prepare is not None:
+                prepare()
+            self._new, self._asked = prepare is not None, ""
             self._state = TrainState(
                 self._state.version + 1, Phase.STARTING, order, Progress("starting"), ends_first=room.name,
                 notes=order.notes,
@@ -140,7 +142,7 @@ class TrainJob(Watched[TrainState]):
 
     def _finish(self, order: TrainOrder, outcome: Outcome | None, error: LoadstoneError | None) -> None:
         """Write the outcome down, and remove what is of no more use, with the lock held."""
-        folder, phase = Path(order.folder), Phase.FAILED
+        phase = Phase.FAILED
         if isinstance(outcome, Trained):
             phase, error = Phase.DONE, None
         elif isinstance(outcome, TrainPaused):
@@ -148,11 +150,16 @@ class TrainJob(Watched[TrainState]):
         elif self._asked == "cancel":
             phase = Phase.CANCELLED
             error = Cancelled(f"The training of {order.name} was cancelled.", "Nothing was kept.")
-        useless = isinstance(error, UserError) and not runs.checkpoints(folder)
-        if phase in (Phase.DONE, Phase.CANCELLED) or useless:
-            shutil.rmtree(folder, ignore_errors=True)
+        if phase in (Phase.DONE, Phase.CANCELLED) or self._useless(order, error):
+            with contextlib.suppress(Busy):  # another process is at it, which came first
+                runs.remove(order)
         trained = outcome if isinstance(outcome, Trained) else None
         self._change(replace(self._state, phase=phase, progress=None, trained=trained, error=error))
+
+    def _useless(self, order: TrainOrder, error: LoadstoneError | None) -> bool:
+        """Whether the run's folder was made for a training that could not begin."""
+        refused = isinstance(error, UserError) and not isinstance(error, Busy)
+        return self._new and refused and not runs.checkpoints(Path(order.folder))
 
     def _train(self, order: TrainOrder) -> Outcome:
         """Follow one process to its end. Raises what it reports, and what its end without a word means."""
@@ -173,7 +180,8 @@ class TrainJob(Watched[TrainState]):
                 with contextlib.suppress(OSError):  # it is gone, with the order unread
                     process.stdin.close()
                 end(process)
-                remove_leftovers(Path(order.out))
+                if not runs.held(order):
+                    remove_leftovers(Path(order.out))
             log.seek(0, 2)
             log.seek(max(0, log.tell() - _LOG_BYTES))
             tail = log.read().decode(errors="replace").splitlines()

@@ -171,7 +171,8 @@ class Training:
             raise DiskFull(f"The training cannot be kept in {folder}: {error.strerror}.") from None
 
     def _new_folders(self, name: str) -> tuple[Path, Path]:
-        """The run's and the LoRA's. Raises OptionError for a name that cannot be one, NameTaken."""
+        """The run's and the LoRA's. Raises OptionError for a name that cannot be one, NameTaken, and Busy where another
+        process is at that training."""
         plain = name.strip()
         if not plain or plain.startswith(".") or "\0" in plain or plain != Path(plain).name or "\\" in plain:
             raise OptionError(f"{name!r} cannot be the name of a LoRA.", "Give a name without slashes.")
@@ -181,6 +182,7 @@ class Training:
         if out.exists() or plain in set(self._names()):
             raise NameTaken(f"There is a LoRA {plain} already.")
         if folder.exists():
+            _refuse_held(runs.read_order(folder))
             raise NameTaken(
                 f"There is an unfinished training of {plain}.", "Go on with it, or delete it, or choose another name."
             )
@@ -258,7 +260,10 @@ class Training:
     # --- unfinished runs ---
 
     def runs(self) -> list[Run]:
-        """Those that can go on, the newest first; without the one that runs."""
+        """Those that can go on, the newest first; without those that run, here or in another process."""
+        return [run for run in self._unfinished() if not runs.held(run.order)]
+
+    def _unfinished(self) -> list[Run]:
         state, found = self.state(), []
         for folder in sorted(self._runs_dir.glob("*")) if self._runs_dir.is_dir() else []:
             order = runs.read_order(folder)
@@ -270,16 +275,17 @@ class Training:
         return sorted(found, key=lambda run: -run.changed)
 
     def find(self, name: str) -> Run:
-        """The unfinished run of that name. Raises AdapterNotFound."""
-        for run in self.runs():
+        """The unfinished run of that name. Raises AdapterNotFound, and Busy where another process is at it."""
+        for run in self._unfinished():
             if run.name == name:
+                _refuse_held(run.order)
                 return run
         raise AdapterNotFound(f"There is no unfinished training of {name!r}.", "Start a new one.")
 
     def resume(self, name: str, *, unload: bool = False, anyway: bool = False) -> TrainOrder:
         """Go on with an unfinished run from its last checkpoint, with the model and options that it began with.
 
-        Raises AdapterNotFound where there is none, and as :meth:`start` does.
+        Raises AdapterNotFound where there is none, and as :meth:`start` does: Busy where another process is at it too.
         """
         order = self.find(name).order
         if Path(order.out).exists():
@@ -287,12 +293,18 @@ class Training:
         longest = reading.read(order.data).longest_tokens
         room, notes = self._room(order.load, order.options, longest, unload=unload, anyway=anyway)
         order = replace(order, notes=tuple(dict.fromkeys((*order.notes, *notes))))
-        self.job.start(order, room, lambda: None)
+        self.job.start(order, room)
         return order
 
     def discard(self, name: str) -> None:
-        """Delete an unfinished run. Raises AdapterNotFound."""
-        shutil.rmtree(self.find(name).order.folder, ignore_errors=True)
+        """Delete an unfinished run. Raises AdapterNotFound, and Busy where another process is at it."""
+        runs.remove(self.find(name).order)
+
+
+def _refuse_held(order: TrainOrder | None) -> None:
+    """Raises Busy where another process is training as the order says."""
+    if order is not None and runs.held(order):
+        raise Busy(f"Another process is training {order.name}.", "Wait until it has ended.")
 
 
 def _bring_back(supervisor: Supervisor, order: LoadOrder) -> None:
