@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
 
@@ -133,6 +134,24 @@ def test_slow_readers_of_streams_hold_nobody_up(target: Target) -> None:
     finally:
         for connection in slow:
             connection.close()
+
+
+def test_one_guest_does_not_take_all_places(target: Target) -> None:
+    """Everything that may be waited for is asked for at once, with one key; somebody else asks meanwhile."""
+    load(target.url)
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 16, "max_tokens": 20}
+    url, limits = f"{target.url}/v1/chat/completions", httpx.Limits(max_connections=None)
+    with httpx.Client(headers=GUEST, timeout=120, limits=limits) as client, ThreadPoolExecutor(16) as threads:
+        asked = [threads.submit(client.post, url, json=body) for _ in range(16)]
+        wait(asked, return_when=FIRST_COMPLETED)  # a refusal: no answer is made as soon
+        other = {**GUEST, "x-forwarded-for": "192.0.2.9"}  # as a proxy on this machine tells of it
+        assert httpx.post(url, json={**body, "n": 1, "max_tokens": 1}, headers=other, timeout=120).status_code == 200
+        answers = [one.result() for one in asked]
+    refused = [answer.json()["error"] for answer in answers if answer.status_code == 503]
+    assert len(refused) >= 8
+    assert {error["code"] for error in refused} == {"overloaded"}
+    assert all("no more than 128 may be yours" in error["message"] for error in refused)
+    assert {answer.status_code for answer in answers} == {200, 503}
 
 
 @pytest.fixture

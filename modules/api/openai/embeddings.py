@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 
 from modules.api.openai.bodies import EmbeddingBody
 from modules.api.openai.reaching import disconnected, reached
-from modules.api.openai.running import Lane
+from modules.api.openai.running import Lane, user_of
 from modules.embeddings import Input
 from modules.errors import Cancelled, LoadstoneError, OptionError, UnsupportedParameter
 from modules.service import Service
@@ -36,14 +36,14 @@ def router(service: Service, lane: Lane) -> APIRouter:
         if body.dimensions is not None:
             raise UnsupportedParameter("dimensions: vectors have the model's own size.")
         inputs = _inputs(body)
-        seen = seen_of(request.scope)
+        seen, user = seen_of(request.scope), user_of(request)
         async with reached(service, body.model, body.keep_alive, request) as target:
             seen.model = target.use.name
-            lane.enter(1)
+            lane.enter(user, 1)
             try:
                 vectors = await _run(Embedder(target.use, inputs, target.adapters), threads, request)
             finally:
-                lane.leave()
+                lane.leave(user)
         seen.prompt_tokens = sum(vectors.tokens)
         service.traffic.read(seen.model, seen.prompt_tokens)
         return _whole(vectors, body, body.model or target.use.name)

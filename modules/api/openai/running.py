@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 
+from modules.access import peers
 from modules.api.openai.reaching import disconnected
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
@@ -26,26 +27,40 @@ MOST_ANSWERS = 256  # under way and waiting; each holds a thread
 
 
 class Lane:
-    """How many answers are under way and waiting, of all requests together."""
+    """How many answers are under way and waiting, of all requests together.
+
+    A user holds no more than half of the places that the others leave: however much one asks for, the next one finds
+    as many again.
+    """
 
     def __init__(self, most: int = MOST_ANSWERS) -> None:
         self._most = most
-        self._inside = 0
+        self._inside: Counter[str] = Counter()  # by user
         self._lock = threading.Lock()
 
-    def enter(self, count: int) -> None:
+    def enter(self, user: str, count: int) -> None:
         """Take ``count`` places. Raises Overloaded where not so many are free, OptionError where there never are."""
-        if count > self._most:
-            raise OptionError(f"n: {count} answers are asked for, and no more than {self._most} are given at a time.")
+        if count > (most := max(1, self._most // 2)):
+            raise OptionError(f"n: {count} answers are asked for, and no more than {most} are given at a time.")
         with self._lock:
-            if self._inside + count > self._most:
-                raise Overloaded(f"{self._inside} answers are waited for, and no more than {self._most} may be.")
-            self._inside += count
+            all_inside, inside = self._inside.total(), self._inside[user]
+            if all_inside + count > self._most:
+                raise Overloaded(f"{all_inside} answers are waited for, and no more than {self._most} may be.")
+            share = max(1, (self._most - (all_inside - inside)) // 2)
+            if inside + count > share:
+                raise Overloaded(
+                    f"You wait for {inside} answers, and no more than {share} may be yours: the other places are kept "
+                    "for other users.",
+                    "Wait for some of them to come.",
+                )
+            self._inside[user] += count
 
-    def leave(self) -> None:
+    def leave(self, user: str) -> None:
         """Give one place back."""
         with self._lock:
-            self._inside -= 1
+            self._inside[user] -= 1
+            if not self._inside[user]:
+                del self._inside[user]
 
 
 class Running:
@@ -58,7 +73,8 @@ class Running:
         self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request, use: Use,
         choices_a_prompt: int = 1,
     ) -> None:  # fmt: skip
-        lane.enter(len(orders))
+        self._user = user_of(request)
+        lane.enter(self._user, len(orders))
         self._lane = lane
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()  # of (choice, what came)
@@ -68,8 +84,7 @@ class Running:
         self._seen.model = use.name
         self._choices_a_prompt = choices_a_prompt
         self._left = len(orders)
-        user = _user(request)
-        for index, order in enumerate(replace(order, user=user) for order in orders):
+        for index, order in enumerate(replace(order, user=self._user) for order in orders):
             held = use.again()  # until this answer is there, however long the response takes
             threading.Thread(
                 target=self._run, args=(service, index, order, held), name="api-answer", daemon=True
@@ -89,7 +104,7 @@ class Running:
             self._tell(index, InternalError(f"{type(error).__name__}: {error}"))
         finally:
             use.release()
-            self._lane.leave()
+            self._lane.leave(self._user)
 
     def _tell(self, index: int, chunk: Chunk | LoadstoneError) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
@@ -132,10 +147,9 @@ class Running:
             self._seen.kind = chunk.kind
 
 
-def _user(request: Request) -> str:
-    """Who shares a turn where many wait: one address, with one key."""
-    key = hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()
-    return f"{request.client.host if request.client else ''} {key[:16]}"
+def user_of(request: Request) -> str:
+    """Who shares a turn where many wait, and the places for those who do."""
+    return peers.user(request.client.host if request.client else "", request.headers)
 
 
 @dataclass
