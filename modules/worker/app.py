@@ -7,9 +7,9 @@ import hmac
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modules.embeddings import EMBED, EmbedOrder
-from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, NothingLoaded, UserError
+from modules.errors import AccessRefused, Busy, InternalError, LoadstoneError, NothingLoaded, Overloaded, UserError
 from modules.perplexity import PERPLEXITY, PerplexityOrder
 from modules.protocol import (
     ADAPTERS,
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from modules.worker.batching.scheduler import Scheduler
 
 T = TypeVar("T")
+_TOKENIZING_WAIT_S = 20.0  # less than the web process waits for a short command
 
 
 class Worker:
@@ -76,7 +77,7 @@ class Worker:
         self._loaded: Loaded | None = None
         self._adapters: Adapters | None = None
         self._load_started = False
-        self._tokenizing = threading.Lock()  # the tokenizers library takes no two borrowers at a time
+        self._tokenizing = threading.Lock()  # one text at a time: each takes a hundred times its size of memory
 
     def warm_up(self) -> None:
         """Import the ML packages, and no more: no GPU is touched. Emits Warm, or Failed."""
@@ -164,15 +165,28 @@ class Worker:
 
     def count(self, order: CountOrder) -> int:
         """How many tokens the prompt has. Does not wait for a generation."""
-        return prompter(self.loaded()).count(order)
+        with self._one_at_a_time():
+            return prompter(self.loaded()).count(order)
 
     def encode(self, order: EncodeOrder) -> list[int]:
         """The token ids of a text. Does not wait for a generation."""
-        return prompter(self.loaded()).encode(order.text)
+        with self._one_at_a_time():
+            return prompter(self.loaded()).encode(order.text)
 
     def decode(self, order: DecodeOrder) -> str:
         """The text of token ids. Does not wait for a generation."""
-        return prompter(self.loaded()).decode(order.tokens)
+        with self._one_at_a_time():
+            return prompter(self.loaded()).decode(order.tokens)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Raises Overloaded where others' texts take longer than the web process waits."""
+        if not self._tokenizing.acquire(timeout=_TOKENIZING_WAIT_S):
+            raise Overloaded(f"Others' texts have been in the tokenizer for {_TOKENIZING_WAIT_S:g} s.")
+        try:
+            yield
+        finally:
+            self._tokenizing.release()
 
     def preview(self, order: PreviewOrder) -> str:
         """How data to train on will look to the model. Does not wait for a generation."""

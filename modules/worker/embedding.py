@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import threading
+from array import array
 from typing import TYPE_CHECKING, Any
 
 from modules.embeddings import Embedded, EmbedOrder, Input
@@ -17,11 +18,13 @@ from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, input_device
 from modules.worker.perplexity import Using
 from modules.worker.telling import Tell
+from modules.worker.tokenizing import ids_within
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 4096  # of a batch, padding included; a longer text is a batch of its own
+READ_TOKENS = 65_536  # that inputs are made at a time before others have their turn
 
 
 def embed(
@@ -37,8 +40,11 @@ def embed(
         guarded(lambda: go_on(Embedding(loaded, order)))
 
     def go_on(embedding: Embedding) -> None:
-        with using(order.adapters):
-            embedding.batch()
+        if not embedding.read:
+            embedding.read_on()
+        else:
+            with using(order.adapters):
+                embedding.batch()
         tell(Progress("embedding", embedding.done, len(order.inputs), "inputs"))
         if embedding.done == len(order.inputs):
             tell(embedding.result())
@@ -57,10 +63,9 @@ def embed(
 
 
 class Embedding:
-    """The inputs of one order, in batches of about equal length.
+    """The inputs of one order: read some at a time until :attr:`read`, then computed in batches of about equal length.
 
-    Raises OptionError for an input without tokens, or with one that the model does not know, RequestTooLong for one
-    beyond the context, UnsupportedModel for a model that is no causal one.
+    Raises UnsupportedModel for a model that is no causal one.
     """
 
     def __init__(self, loaded: Loaded, order: EmbedOrder) -> None:
@@ -70,11 +75,32 @@ class Embedding:
                 "Ask a causal model.",
             )
         self._model = loaded.model
-        self._ids = [_ids(loaded, one, place) for place, one in enumerate(order.inputs)]
-        by_length = sorted(range(len(self._ids)), key=lambda place: len(self._ids[place]))
-        self._batches = _batches(by_length, [len(ids) for ids in self._ids])
-        self._vectors: list[torch.Tensor | None] = [None] * len(self._ids)
+        self._loaded = loaded
+        self._inputs = order.inputs
+        self._ids: list[array[int]] = []
+        self._batches: list[list[int]] = []
+        self._vectors: list[torch.Tensor | None] = [None] * len(order.inputs)
         self.done = 0
+
+    @property
+    def read(self) -> bool:
+        """Whether all inputs are tokens."""
+        return len(self._ids) == len(self._inputs)
+
+    def read_on(self) -> None:
+        """Make the next inputs tokens, about :data:`READ_TOKENS` of them.
+
+        Raises OptionError for an input without tokens, or with one that the model does not know, RequestTooLong for one
+        beyond the context.
+        """
+        tokens = 0
+        while not self.read and tokens < READ_TOKENS:
+            place = len(self._ids)
+            self._ids.append(array("q", _ids(self._loaded, self._inputs[place], place)))
+            tokens += len(self._ids[place])
+        if self.read:
+            lengths = [len(ids) for ids in self._ids]
+            self._batches = _batches(sorted(range(len(lengths)), key=lengths.__getitem__), lengths)
 
     def batch(self) -> None:
         """Compute the next batch."""
@@ -106,17 +132,17 @@ class Embedding:
 
 def _ids(loaded: Loaded, one: Input, place: int) -> list[int]:
     """The ids of one input, with the special tokens that the tokenizer gives a text."""
-    ids = list(one.ids) or list(loaded.tokenizer(one.text).input_ids)
+    tokenizer, most = loaded.tokenizer, loaded.order.ctx_tokens
+    ids = list(one.ids) or ids_within(tokenizer, lambda text: list(tokenizer(text).input_ids), one.text, most)
+    if ids is None or len(ids) > most:
+        size = f"{len(ids):,} tokens" if ids is not None else f"{len(one.text):,} characters"
+        raise RequestTooLong(f"Input number {place + 1} has {size}; a context of {most:,} tokens takes no more.")
     if not ids:
         raise OptionError(f"input: number {place + 1} has no tokens.")
-    size = loaded.model.get_input_embeddings().weight.shape[0]
-    unknown = next((token for token in ids if not 0 <= token < size), None)
+    known = loaded.model.get_input_embeddings().weight.shape[0]
+    unknown = next((token for token in ids if not 0 <= token < known), None)
     if unknown is not None:
-        raise OptionError(f"input: the model has no token {unknown}; its last is {size - 1}.")
-    if len(ids) > loaded.order.ctx_tokens:
-        raise RequestTooLong(
-            f"Input number {place + 1} has {len(ids):,} tokens; a context of {loaded.order.ctx_tokens:,} takes no more."
-        )
+        raise OptionError(f"input: the model has no token {unknown}; its last is {known - 1}.")
     return ids
 
 

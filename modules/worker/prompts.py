@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from modules.errors import BrokenTemplate, OptionError, RequestTooLong, UnsupportedParameter, UserError
+from modules.errors import BrokenTemplate, OptionError, RequestTooLarge, RequestTooLong, UnsupportedParameter, UserError
 from modules.options import GenerationOptions
 from modules.protocol import ChatMessages, CountOrder, GenerateOrder, Shape, Task
 from modules.worker.parts import reasoning_marks
 from modules.worker.templates import LIMIT_S, bounded
+from modules.worker.tokenizing import MOST_TEXT_BYTES, ids_within, last_ids, most_characters, refuse_large, size_bytes
 from modules.worker.tools import tool_format
 
 _LEAST_ROOM = 16  # tokens of answer without which a prompt counts as too long
@@ -59,33 +61,59 @@ class Prompter:
         and BrokenTemplate where it runs on.
         """
         if not order.messages:
-            self._must_be_known(order.prompt_ids)
-            ids = list(order.prompt_ids) or self._raw(order.prompt)
-            if order.whole:
-                self._must_fit(ids, "prompt")
-                return Prompt(ids)
-            return Prompt(self._cut_left(ids, self.ctx_tokens - self._room(order.options.max_new_tokens)))
-        if order.whole:
-            prompt = self._encoded(order, order.messages)
-            self._must_fit(prompt.ids, "conversation")
-            return prompt
-        return self._chat(order)
+            return self._plain_prompt(order)
+        if not order.whole:
+            return self._chat(order)
+        return self._whole_chat(order)
 
-    def _must_fit(self, ids: list[int], what: str) -> None:
-        """Raises RequestTooLong where there is no room for a token of answer."""
-        limit = self.ctx_tokens if self.task == "seq2seq" else self.ctx_tokens - 1
-        if len(ids) > limit:
-            raise RequestTooLong(
-                f"The {what} has {len(ids):,} tokens; a context of {self.ctx_tokens:,} tokens takes {limit:,} and the "
-                "answer."
-            )
+    def _whole_chat(self, order: GenerateOrder) -> Prompt:
+        limit = self._limit()
+        prompt = None
+        if sum(_characters(order.messages, self._marks())) <= most_characters(self.tokenizer, limit):
+            prompt = self._encoded(order, order.messages, limit)
+        if prompt is None or len(prompt.ids) > limit:
+            raise self._too_long("conversation", prompt.ids if prompt else None, _length(order.messages))
+        return prompt
+
+    def _limit(self) -> int:
+        """How many tokens of prompt leave room for a token of answer."""
+        return self.ctx_tokens if self.task == "seq2seq" else self.ctx_tokens - 1
+
+    def _too_long(self, what: str, ids: Sequence[int] | None, characters: int) -> RequestTooLong:
+        """``ids``: None where they were not counted, since the text alone tells that they are too many."""
+        size = f"{len(ids):,} tokens" if ids is not None else f"{characters:,} characters"
+        return RequestTooLong(
+            f"The {what} has {size}; a context of {self.ctx_tokens:,} tokens takes {self._limit():,} and the answer."
+        )
+
+    def _plain_prompt(self, order: GenerateOrder) -> Prompt:
+        """The prompt of an order without messages."""
+        if order.whole:
+            found = list(order.prompt_ids) or ids_within(self.tokenizer, self._raw, order.prompt, self._limit())
+            if found is None or len(found) > self._limit():
+                raise self._too_long("prompt", found, len(order.prompt))
+            ids = found
+        else:
+            limit = self.ctx_tokens - self._room(order.options.max_new_tokens)
+            ids = list(order.prompt_ids) or last_ids(self.tokenizer, self._raw, order.prompt, limit)
+            ids = self._cut_left(ids, limit)
+        if order.prompt_ids:
+            self._must_be_known(ids)
+        return Prompt(ids)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text as it stands, without what a prompt gets in front."""
+        """The ids of a text as it stands, without what a prompt gets in front. Raises RequestTooLarge."""
+        refuse_large(size_bytes(text), "bytes of text")
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included. Raises OptionError for an id that the tokenizer does not know."""
+        """The text of ids, special tokens included. Raises OptionError for an id that the tokenizer does not know, and
+        RequestTooLarge for more than a text that may be encoded can have.
+        """
+        refuse_large(len(ids), "tokens")
         self._must_be_known(ids)
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
@@ -97,10 +125,15 @@ class Prompter:
                 raise OptionError(f"The tokenizer has no token {token}; its last is {size - 1}.")
 
     def count(self, order: CountOrder) -> int:
-        """How many tokens the prompt has, nothing left out."""
+        """How many tokens the prompt has, nothing left out. Raises RequestTooLarge."""
+        texts = [order.prompt, *(str(message["content"]) for message in order.messages)]
+        refuse_large(sum(map(size_bytes, texts)), "bytes of text")
         if not order.messages:
             return len(self._raw(order.prompt))
-        return len(self._encoded(GenerateOrder(GenerationOptions(), order.messages), order.messages).ids)
+        prompt = self._encoded(GenerateOrder(GenerationOptions(), order.messages), order.messages, MOST_TEXT_BYTES)
+        if prompt is None:
+            raise RequestTooLarge("The model's chat template makes too long a text of the messages.")
+        return len(prompt.ids)
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens an answer to ``prompt`` can have at most. A separate decoder has the whole context."""
@@ -112,23 +145,40 @@ class Prompter:
 
     def _chat(self, order: GenerateOrder) -> Prompt:
         wanted = order.options.max_new_tokens
-        limit = self.ctx_tokens - self._room(wanted)
+        most = self.ctx_tokens - min(self._room(wanted), _LEAST_ROOM)
         starts = _turn_starts(order.messages)
+        first, characters = self._first_turn(order.messages, starts, most)
 
-        def from_turn(turn: int) -> Prompt:
+        def from_turn(turn: int) -> Prompt | None:
             messages = order.messages
             if turn:
                 messages = (*_system(messages), *_rest(messages)[starts[turn] :])
-            return self._encoded(order, messages)
+            return self._encoded(order, messages, most)
 
-        prompt = _first_that_fits(from_turn, len(starts), limit)
-        limit = self.ctx_tokens - min(self._room(wanted), _LEAST_ROOM)
-        if len(prompt.ids) > limit:
+        prompt = None
+        if characters <= most_characters(self.tokenizer, most):
+            prompt = _first_that_fits(from_turn, range(first, len(starts)), self.ctx_tokens - self._room(wanted))
+        if prompt is None or len(prompt.ids) > most:
+            length = _length(_rest(order.messages)[starts[-1] :])
+            size = f"{len(prompt.ids):,} tokens" if prompt is not None else f"{length:,} characters"
             raise RequestTooLong(
-                f"The last message makes a prompt of {len(prompt.ids):,} tokens; a context of {self.ctx_tokens:,} "
-                f"tokens takes {limit:,} and the answer."
+                f"The last message makes a prompt of {size}; a context of {self.ctx_tokens:,} tokens takes {most:,} "
+                "and the answer."
             )
         return prompt
+
+    def _first_turn(self, messages: ChatMessages, starts: list[int], most: int) -> tuple[int, int]:
+        """The first turn with which the messages may have ``most`` tokens, or the last; and how many characters they
+        have with it at least."""
+        limit = most_characters(self.tokenizer, most)
+        system = sum(_characters(_system(messages), None))
+        sizes = _characters(_rest(messages), self._marks())
+        behind = system + sum(sizes)
+        for turn, (start, end) in enumerate(pairwise([*starts, len(sizes)])):
+            if behind <= limit or turn == len(starts) - 1:
+                return turn, behind
+            behind -= sum(sizes[start:end])
+        return 0, behind
 
     def _raw(self, text: str) -> list[int]:
         """The ids of ``text``, with the special tokens that the model wants in front, and none that would end it."""
@@ -146,18 +196,24 @@ class Prompter:
         head = ids[:1] if limit > 1 and ids[0] == self.tokenizer.bos_token_id else []
         return head + ids[len(ids) - limit + len(head) :]
 
-    def _encoded(self, order: GenerateOrder, messages: ChatMessages) -> Prompt:
-        """The prompt of these messages, which are the order's or some of them."""
+    def _encoded(self, order: GenerateOrder, messages: ChatMessages, most: int) -> Prompt | None:
+        """The prompt of these messages, which are the order's or some of them; None as :func:`ids_within` has it."""
         dropped, continue_last = len(order.messages) - len(messages), order.continue_last
         if continue_last and not messages[-1]["content"]:
             messages, continue_last = messages[:-1], False  # nothing to go on with: answer
         if not self.tokenizer.chat_template:
             _refuse_without_template(order.shape)
-            return Prompt(self._raw(self.plain(messages, continue_last)), ("\nUser:",), dropped)
+            raw = ids_within(self.tokenizer, self._raw, self.plain(messages, continue_last), most)
+            return None if raw is None else Prompt(raw, ("\nUser:",), dropped)
         text = self._rendered(messages, continue_last, self._extras(order.shape))
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        marks = reasoning_marks(self.tokenizer.chat_template)
+        ids = ids_within(self.tokenizer, self._ids, text, most)
+        if ids is None:
+            return None
+        marks = self._marks()
         return Prompt(ids, (), dropped, thinking=marks is not None and text.rstrip().endswith(marks[0]))
+
+    def _marks(self) -> tuple[str, str] | None:
+        return reasoning_marks(self.tokenizer.chat_template or "")
 
     def _extras(self, shape: Shape) -> dict[str, Any]:
         """What the template gets beside the messages. Raises UnsupportedParameter for what it does not read."""
@@ -232,20 +288,35 @@ def _refusal(error: Exception) -> UserError:
     )
 
 
-def _first_that_fits(from_turn: Callable[[int], Prompt], turns: int, limit: int) -> Prompt:
+def _first_that_fits(from_turn: Callable[[int], Prompt | None], turns: range, limit: int) -> Prompt | None:
     """The prompt with the most turns that has at most ``limit`` tokens, by halving; else the one of the last turn."""
-    prompt = from_turn(0)
-    if len(prompt.ids) <= limit:
+
+    def fits(prompt: Prompt | None) -> bool:
+        return prompt is not None and len(prompt.ids) <= limit
+
+    prompt = from_turn(turns[0])
+    if fits(prompt) or len(turns) == 1:
         return prompt
-    best, low, high = None, 1, turns - 1
+    best, low, high = None, turns[0] + 1, turns[-1]
     while low <= high:
         middle = (low + high) // 2
         prompt = from_turn(middle)
-        if len(prompt.ids) <= limit:
+        if fits(prompt):
             best, high = prompt, middle - 1
         else:
             low = middle + 1
-    return best or from_turn(turns - 1)
+    return best or from_turn(turns[-1])
+
+
+def _length(messages: ChatMessages) -> int:
+    """In characters."""
+    return sum(len(str(message["content"])) for message in messages)
+
+
+def _characters(messages: ChatMessages, marks: tuple[str, str] | None) -> list[int]:
+    """How many characters of each message a chat template shows at least: some leave out reasoning, and blanks."""
+    shown = (str(message["content"]) for message in messages)
+    return [len((text.rpartition(marks[1])[2] if marks else text).strip()) for text in shown]
 
 
 def _system(messages: ChatMessages) -> ChatMessages:

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from modules.errors import AccessRefused, Busy, LoadstoneError, NothingLoaded, error_from_dict
+from modules.errors import AccessRefused, Busy, LoadstoneError, NothingLoaded, Overloaded, error_from_dict
 from modules.options import GenerationOptions
 from modules.protocol import (
     COUNT,
@@ -25,6 +28,7 @@ from modules.protocol import (
     Chunk,
     CountOrder,
     Done,
+    EncodeOrder,
     Failed,
     GenerateOrder,
     Hello,
@@ -34,6 +38,9 @@ from modules.protocol import (
     Warm,
     encode,
 )
+from modules.worker import app
+from modules.worker.app import Worker
+from modules.worker.engine import Engine
 from tests.conftest import ROOT, StartWorker, WorkerProcess, wait_until
 
 END_LIMIT_S = 2
@@ -255,3 +262,48 @@ def test_counting_does_not_wait_for_a_generation(demo_worker: WorkerProcess) -> 
 def test_the_kernel_takes_the_worker_first(worker: WorkerProcess) -> None:
     own = int(Path("/proc/self/oom_score_adj").read_text())
     assert int(Path(f"/proc/{worker.process.pid}/oom_score_adj").read_text()) > own
+
+
+class Slow:
+    """A tokenizer that tells how many at a time it is given."""
+
+    def __init__(self) -> None:
+        self.inside = self.most = 0
+        self.go_on = threading.Event()
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        self.go_on.wait(30)
+        time.sleep(0.05)  # so that others would be seen
+        self.inside -= 1
+        return SimpleNamespace(input_ids=[len(text)])
+
+
+class Holding(Worker):
+    """A worker that holds no more than a tokenizer."""
+
+    def __init__(self, tokenizer: Any, order: LoadOrder) -> None:
+        super().__init__(Engine(), lambda _: None)
+        self._holds: Any = SimpleNamespace(tokenizer=tokenizer, order=order)
+
+    def loaded(self) -> Any:
+        return self._holds
+
+
+def test_texts_are_tokenized_one_at_a_time_and_nobody_waits_for_long(
+    demo_order: LoadOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Slow()
+    worker = Holding(tokenizer, demo_order)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(worker.encode, EncodeOrder("four"))]
+        wait_until(lambda: tokenizer.inside == 1, 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "_TOKENIZING_WAIT_S", 0.1)
+            with pytest.raises(Overloaded, match=r"for 0\.1 s"):
+                worker.encode(EncodeOrder("five"))
+        asked += [pool.submit(worker.encode, EncodeOrder("four")) for _ in range(3)]
+        tokenizer.go_on.set()
+        assert [one.result() for one in asked] == [[4]] * 4
+    assert tokenizer.most == 1

@@ -56,6 +56,8 @@ def embedded(loaded: Any, *inputs: Input) -> tuple[Embedded, int]:
     """What comes of it, and in how many batches."""
     work = embedding.Embedding(loaded, EmbedOrder(inputs))
     batches = 0
+    while not work.read:
+        work.read_on()
     while work.done < len(inputs):
         work.batch()
         batches += 1
@@ -83,11 +85,24 @@ def test_each_vector_is_that_of_its_text_alone(loaded: Any, batch_tokens: int, m
         (Input(ids=(5, checkpoints.VOCABULARY)), OptionError, f"no token {checkpoints.VOCABULARY}"),
         (Input(ids=(5,) * 257), RequestTooLong, "257 tokens"),
         (Input("word " * 300), RequestTooLong, "context of 256"),
+        (Input("word " * 300_000), RequestTooLong, "1,500,000 characters; a context of 256"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(loaded: Any, one: Input, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         embedded(loaded, Input("fine"), one)
+
+
+def test_many_inputs_are_read_some_at_a_time(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "READ_TOKENS", 10)
+    work = embedding.Embedding(loaded, EmbedOrder((Input(ids=(5,) * 4),) * 7))
+    reads = 0
+    while not work.read:
+        work.read_on()
+        reads += 1
+    assert reads == 3  # of 3, 3 and 1
+    work.batch()
+    assert work.done == 7
 
 
 def test_a_model_with_an_encoder_is_refused(tmp_path: Any) -> None:

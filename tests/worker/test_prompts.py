@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from modules.errors import RequestTooLong, UserError
+from modules.errors import RequestTooLarge, RequestTooLong, UserError
 from modules.options import GenerationOptions
 from modules.protocol import ChatMessages, CountOrder, GenerateOrder, Task
 from modules.worker.prompts import Prompter
+from modules.worker.tokenizing import MOST_TEXT_BYTES
 
 GEMMA_LIKE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -160,3 +162,93 @@ def test_counting_is_what_generating_uses(tokenizer: Any) -> None:
     messages = chat("How many tokens?")
     assert maker.count(CountOrder(messages)) == len(maker.prompt(GenerateOrder(GenerationOptions(), messages)).ids)
     assert maker.count(CountOrder(prompt="one two")) == 2
+
+
+class Counting:
+    """The tokenizer, and how many characters it was given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.characters = 0
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        self.characters += len(text)
+        return self._tokenizer(text, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+LONG = "The quick brown fox jumps over 13 lazy dogs; " * 200_000  # 9 MB
+MEDIUM = LONG[-100_000:]  # 100 kB, less than what surely is too long by its length
+
+
+@pytest.mark.parametrize("text", [LONG, MEDIUM], ids=["long", "medium"])
+@pytest.mark.parametrize("template", ["", None])
+def test_of_a_text_that_is_much_too_long_only_a_little_is_tokenized(
+    tokenizer: Any, text: str, template: str | None
+) -> None:
+    counting = Counting(prompter(tokenizer, template).tokenizer)
+    maker = Prompter(counting, "causal", 512)
+    chatting = GenerateOrder(GenerationOptions(), chat("Hi", "Hello!", text))
+    for order in (
+        GenerateOrder(GenerationOptions(), prompt=text, whole=True),
+        dataclasses.replace(chatting, whole=True),
+        chatting,
+    ):
+        with pytest.raises(RequestTooLong, match=r"[\d,]{7,} characters; a context of 512 tokens takes"):
+            maker.prompt(order)
+    assert counting.characters < 50_000
+
+
+def test_a_long_history_is_tokenized_near_its_end_alone(tokenizer: Any) -> None:
+    counting = Counting(tokenizer)
+    maker = Prompter(counting, "causal", 512)
+    messages = chat(*["word " * 20_000, "word " * 20_000] * 50, "A question", system="Be brief.")
+    prompt = maker.prompt(GenerateOrder(GenerationOptions(max_new_tokens=50), messages))
+    assert prompt.dropped_messages == 100
+    assert "Be brief." in tokenizer.decode(prompt.ids)
+    assert counting.characters < 200_000
+
+
+def test_reasoning_that_the_template_leaves_out_makes_no_conversation_too_long(tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    messages = chat("Hi", "<think>" + LONG + "</think>Hello!", "Bye")
+    for whole in (True, False):
+        prompt = prompter(tokenizer, template, 64).prompt(
+            GenerateOrder(GenerationOptions(max_new_tokens=8), messages, whole=whole)
+        )
+        assert tokenizer.decode(prompt.ids) == "HiHello!Bye"
+
+
+def test_a_long_raw_prompts_right_end_is_what_it_is_without_the_rest(tokenizer: Any) -> None:
+    begin = tokenizer.bos_token
+    counting = Counting(tokenizer)
+    maker = Prompter(counting, "causal", 512)
+    for text in (LONG, begin + LONG, begin + MEDIUM):
+        prompt = maker.prompt(GenerateOrder(GenerationOptions(max_new_tokens=12), prompt=text))
+        expected = tokenizer(MEDIUM).input_ids[-500:]
+        if text.startswith(begin):
+            expected[0] = tokenizer.bos_token_id
+        assert prompt.ids == expected
+    assert counting.characters < 50_000
+
+
+def test_what_is_counted_and_encoded_has_a_bound_of_its_own(tokenizer: Any) -> None:
+    counting = Counting(tokenizer)
+    maker = Prompter(counting, "causal", 512)
+    text = "é" * (MOST_TEXT_BYTES // 2) + "e"
+    for refused in (
+        lambda: maker.encode(text),
+        lambda: maker.count(CountOrder(prompt=text)),
+        lambda: maker.count(CountOrder(chat(text[1:], "ee"))),
+        lambda: maker.decode([5] * (MOST_TEXT_BYTES + 1)),
+    ):
+        with pytest.raises(RequestTooLarge, match=r"1,048,57\d .* too many: the tokenizer takes 1,048,576") as caught:
+            refused()
+        assert "in parts" in caught.value.hint
+    assert counting.characters == 0
+    assert maker.decode(maker.encode(MEDIUM)) == MEDIUM  # longer than the context
