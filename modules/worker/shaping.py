@@ -43,7 +43,7 @@ class Shaping:
         self._matcher: Any = None
         self._grammar = _grammar(shape, tools)
         if self._grammar:
-            _check_grammar(self._grammar, tokenizer)
+            _check_grammar(self._grammar, tokenizer, "response_format" if shape.json_schema is not None else "tools")
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """``scores``: float32, 1 × vocabulary, the model's own; returns them changed."""
@@ -125,7 +125,8 @@ def _grammar(shape: Shape, tools: ToolFormat | None) -> str:
     return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False}))
 
 
-def _check_grammar(grammar: str, tokenizer: Any) -> None:
+def _check_grammar(grammar: str, tokenizer: Any, parameter: str) -> None:
+    """``parameter``: what the schema came with, for the errors."""
     from llguidance import LLMatcher
 
     if not tokenizer.is_fast:
@@ -134,7 +135,7 @@ def _check_grammar(grammar: str, tokenizer: Any) -> None:
             "Load the model with --use_fast, or leave them out.",
         )
     if problem := LLMatcher.validate_grammar(grammar):
-        raise OptionError(f"response_format: the schema cannot be used: {problem}")
+        raise OptionError(f"{parameter}: the schema cannot be used: {problem}")
 
 
 @lru_cache(maxsize=1)  # about a second of work; a process has one model

@@ -38,24 +38,25 @@ def tool_format(template: str) -> ToolFormat:
 
 
 def call_grammar(form: ToolFormat, tools: tuple[dict[str, Any], ...], choice: str) -> str:
-    """llguidance's grammar for one call: of the function that ``choice`` names, or of any for "required"."""
+    """llguidance's grammar for one call: of the function that ``choice`` names, or of any for "required".
+
+    Each one's arguments are a JSON grammar of their own, since a schema's references (``#/$defs/…``) begin at its root.
+    """
     wanted = choice.removeprefix("function:") if choice.startswith("function:") else None
-    calls = [_call_schema(form, tool["function"]) for tool in tools if wanted in (None, tool["function"]["name"])]
-    schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
+    functions = [tool["function"] for tool in tools if wanted in (None, tool["function"]["name"])]
     begin, end = (f'"{form.begin}\\n" ', f' "\\n{form.end}"') if form.begin else ("", "")
-    return f"start: {begin}call{end}\ncall: %json {schema}\n"
+    rules = [f"start: {begin}call{end}", "call: " + " | ".join(f"call_{at}" for at in range(len(functions)))]
+    for at, function in enumerate(functions):
+        front = f'{{"name":{json.dumps(function["name"])},"{form.arguments}":'
+        rules.append(f'call_{at}: {json.dumps(front)} arguments_{at} "}}"')
+        rules.append(f"arguments_{at}: %json {json.dumps(_arguments_schema(function))}")
+    return "\n".join(rules) + "\n"
 
 
-def _call_schema(form: ToolFormat, function: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {
-            "name": {"const": function["name"]},
-            form.arguments: function.get("parameters") or {"type": "object", "properties": {}},
-        },
-        "required": ["name", form.arguments],
-        "additionalProperties": False,
-    }
+def _arguments_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """Of an object, whose spaces are written in one way: a small model would otherwise write them for ever."""
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    return {**schema, "x-guidance": {"whitespace_flexible": False}}
 
 
 def read_call(text: str, form: ToolFormat) -> dict[str, str] | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -101,4 +104,71 @@ def test_the_grammar_of_calls_is_one() -> None:
         for choice in ("required", "function:f"):
             grammar = call_grammar(form, tools, choice)
             assert LLMatcher.validate_grammar(grammar) == ""
-            assert ('"g"' in grammar) is (choice == "required")
+            assert ("g" in names(grammar)) is (choice == "required")
+
+
+def names(grammar: str) -> set[str]:
+    """The functions that may be called."""
+    return set(re.findall(r'\\"name\\":\\"(\w+)\\"', grammar))
+
+
+REFERRING: list[dict[str, Any]] = [
+    {
+        "properties": {"color": {"$ref": "#/$defs/Color"}},
+        "required": ["color"],
+        "additionalProperties": False,
+        "$defs": {"Color": {"enum": ["red", "green"], "type": "string"}},
+    },
+    {
+        "$ref": "#/definitions/Paint",
+        "definitions": {
+            "Color": {"const": "red"},
+            "Paint": {
+                "type": "object",
+                "properties": {"color": {"$ref": "#/definitions/Color"}},
+                "required": ["color"],
+            },
+        },
+    },
+    {
+        "type": "object",
+        "properties": {"color": {"type": "string", "maxLength": 3}, "other": {"$ref": "#/properties/color"}},
+        "required": ["color"],
+    },
+    {"type": "object", "properties": {"color": {"type": "string", "maxLength": 3}, "under": {"$ref": "#"}}},
+]
+
+
+@pytest.mark.parametrize("form", [TAGGED, BARE])
+@pytest.mark.parametrize("schema", REFERRING)
+def test_schemas_that_refer_to_their_own_parts_hold_the_arguments(schema: dict[str, Any], form: ToolFormat) -> None:
+    other = {"$ref": "#/$defs/Color", "$defs": {"Color": {"type": "object", "properties": {}}}}  # of the same name
+    tools = tuple(
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name, parameters in (("f", schema), ("g", other))
+    )
+    grammar = call_grammar(form, tools, "required")
+    for name, arguments, right in (("f", {"color": "red"}, True), ("f", {"color": "blue"}, False), ("g", {}, True)):
+        call = json.dumps({"name": name, form.arguments: arguments}, separators=(",", ":"))
+        assert accepted(grammar, f"{form.begin}\n{call}\n{form.end}" if form.begin else call) is right
+
+
+def accepted(grammar: str, text: str) -> bool:
+    """Whether the grammar takes this text as a whole. Each byte is a token, and the end is token 256."""
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+    matcher = LLMatcher(LLTokenizer(TokenizerWrapper(Bytes())), grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = [*text.encode(), 256]
+    return bool(matcher.validate_tokens(tokens) == len(tokens))
+
+
+class Bytes:
+    """What llguidance needs of a tokenizer."""
+
+    bos_token_id = None
+    eos_token_id = 256
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)

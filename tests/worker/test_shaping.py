@@ -10,6 +10,7 @@ import torch
 from modules.errors import OptionError
 from modules.protocol import Shape
 from modules.worker.shaping import Shaping
+from modules.worker.tools import TAGGED
 
 SCORES = [1.0, 2.0, 3.0, 4.0]
 
@@ -61,3 +62,14 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert [top["logprob"] for top in told["top"]] == pytest.approx([expected[3], expected[2]])
     one(torch.tensor([[0]]), torch.tensor([SCORES]))
     assert one.chosen(3) is None  # the end of the turn is no part of the text
+
+
+def test_a_schema_that_cannot_be_used_is_told_by_the_parameter_that_brought_it() -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/nowhere"}}}
+    tools = ({"type": "function", "function": {"name": "f", "parameters": schema}},)
+    for shape, words in (
+        (Shape(json_schema=schema), "response_format: the schema"),
+        (Shape(tools=tools, tool_choice="required"), "tools: the schema"),
+    ):
+        with pytest.raises(OptionError, match=f"{words} cannot be used: .*nowhere"):
+            Shaping(shape, Letters(), frozenset({3}), TAGGED, lambda: False)
