@@ -25,6 +25,7 @@ from modules.errors import OptionError, PortInUse
 from modules.options import ServerOptions
 from modules.service import Service
 from modules.web import announcing
+from modules.web.connections import Connections, Listener, bounds, open_files
 from modules.web.patience import PatientProtocol
 from modules.web.watching import Watching
 
@@ -167,11 +168,13 @@ def serve(service: Service, listener: socket.socket, server: ServerOptions, door
         log_level="info" if server.verbose else "warning",
         timeout_graceful_shutdown=1,
         server_header=False,
+        loop="asyncio",  # which counts connections
         http=PatientProtocol,
         ssl_certfile=door.certificate or None,
         ssl_keyfile=door.certificate_key or None,
     )
-    _Server(config, when_up, when_ending=service.fleet.close).run(sockets=[listener])
+    counted = Listener(listener, Connections(bounds(open_files())))
+    _Server(config, when_up, when_ending=service.fleet.close).run(sockets=[counted])
 
 
 def _in_background(name: str, function: Callable[..., object], *arguments: object) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_DOOR, _SLOW, _NAMES, _FUZZ = (
+_DOOR, _SLOW, _NAMES, _FUZZ, _CONNECTIONS = (
     "tests/access/test_door.py",
     "tests/attacks/test_slow.py",
     "tests/attacks/test_names.py",
     "tests/attacks/test_fuzz.py",
+    "tests/attacks/test_connections.py",
 )
 
 
@@ -92,6 +93,14 @@ ATTACKS = (
         (
             f"{_SLOW}::test_slow_senders_hold_nobody_up",
             f"{_SLOW}::test_requests_that_do_not_come_to_an_end_are_given_up",
+        ),
+    ),
+    Attack(
+        "Connections without end, from one address, without a login",
+        "closed beyond a quarter of those that may be open; others are served",
+        (
+            f"{_CONNECTIONS}::test_connections_of_one_address_keep_nobody_out",
+            f"{_CONNECTIONS}::test_an_address_has_a_quarter_of_all_connections",
         ),
     ),
     Attack(
