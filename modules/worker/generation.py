@@ -243,7 +243,8 @@ def _parts(loaded: Loaded, shape: Shape, prompt: Prompt) -> Parts:
     """What tells reasoning and tool calls from the text. Raises UnsupportedParameter for tools it cannot read."""
     template = str(loaded.tokenizer.chat_template or "")
     tools = tool_format(template) if shape.tools else None
-    return Parts(reasoning_marks(template), thinking=prompt.thinking, tools=tools)
+    offered = {tool["function"]["name"] for tool in shape.tools}
+    return Parts(reasoning_marks(template), thinking=prompt.thinking, tools=tools, offered=offered)
 
 
 def sampling(options: GenerationOptions) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from modules.worker.decoding import overlap
 from modules.worker.tools import ToolFormat, read_call
 
@@ -15,11 +17,20 @@ def reasoning_marks(template: str) -> tuple[str, str] | None:
 
 
 class Parts:
-    """Sorts text as it comes. ``thinking``: the prompt has opened the reasoning already."""
+    """Sorts text as it comes. ``thinking``: the prompt has opened the reasoning already. ``offered``: the functions
+    that may be called, in the form ``tools``."""
 
-    def __init__(self, marks: tuple[str, str] | None, *, thinking: bool = False, tools: ToolFormat | None) -> None:
+    def __init__(
+        self,
+        marks: tuple[str, str] | None,
+        *,
+        thinking: bool = False,
+        tools: ToolFormat | None,
+        offered: Collection[str] = (),
+    ) -> None:
         self._marks = marks
         self.tools = tools
+        self._offered = offered
         self._state = "reasoning" if thinking and marks else "text"
         self._held = ""  # text that may be the beginning of a mark
         self._call = ""
@@ -87,7 +98,7 @@ class Parts:
     def _end_call(self, out: dict[str, str], end: str) -> None:
         if self.tools is None:
             return
-        call = read_call(self._call, self.tools)
+        call = read_call(self._call, self.tools, self._offered)
         if call is not None:
             self.calls.append(call)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +60,27 @@ def _arguments_schema(function: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "x-guidance": {"whitespace_flexible": False}}
 
 
-def read_call(text: str, form: ToolFormat) -> dict[str, str] | None:
-    """The call that ``text`` writes: its name, and its arguments as JSON; None where it writes none."""
+def read_call(text: str, form: ToolFormat, offered: Collection[str]) -> dict[str, str] | None:
+    """The call that ``text`` writes: its name, and its arguments as JSON of an object, which callers unpack.
+
+    None where it writes none, or not of a function that was ``offered``: what is JSON by itself may be an answer.
+    """
+    call = _parsed(text)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call["name"] not in offered:
+        return None
+    arguments = call.get(form.arguments, call.get("arguments"))
+    if isinstance(arguments, str) and isinstance(_parsed(arguments), dict):
+        return {"name": call["name"], "arguments": arguments}
+    if arguments in (None, ""):
+        arguments = {}  # as models write for functions that take none
+    if not isinstance(arguments, dict):
+        return None
+    return {"name": call["name"], "arguments": json.dumps(arguments)}
+
+
+def _parsed(text: str) -> Any:
+    """None for what is no JSON."""
     try:
-        call = json.loads(text)
-    except ValueError:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get(form.arguments, call.get("arguments", {}))
-    return {"name": call["name"], "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}

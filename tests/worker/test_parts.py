@@ -22,7 +22,7 @@ WEATHER = {"name": "weather", "arguments": '{"city": "Oslo"}'}
 
 def sorted_out(pieces: list[str], *, thinking: bool = False, tools: ToolFormat | None = None) -> tuple[str, str, int]:
     """(reasoning, text, calls)"""
-    parts = Parts(THINK, thinking=thinking, tools=tools)
+    parts = Parts(THINK, thinking=thinking, tools=tools, offered=["weather"])
     told = [parts.push(piece) for piece in pieces] + [parts.finish()]
     assert all(call == WEATHER for call in parts.calls)
     return "".join(one for one, _ in told), "".join(one for _, one in told), len(parts.calls)
@@ -44,6 +44,9 @@ CASES = [
     (f"<tool_call>{CALL}</tool_call>", False, None, ("", f"<tool_call>{CALL}</tool_call>", 0)),
     (CALL.replace("arguments", "parameters"), False, BARE, ("", "", 1)),
     ('{"a": 1}', False, BARE, ("", '{"a": 1}', 0)),
+    ('{"name": "Alice", "age": 3}', False, BARE, ("", '{"name": "Alice", "age": 3}', 0)),
+    ('<tool_call>{"name": "rm"}</tool_call>!', False, TAGGED, ("", '<tool_call>{"name": "rm"}</tool_call>!', 0)),
+    (CALL.replace('{"city": "Oslo"}', "[1]"), False, BARE, ("", CALL.replace('{"city": "Oslo"}', "[1]"), 0)),
     ("It is {x}", False, BARE, ("", "It is {x}", 0)),
 ]
 
@@ -88,11 +91,41 @@ def test_marks_of_reasoning() -> None:
     assert reasoning_marks("{{ messages }}") is None
 
 
-def test_a_call_is_read_whatever_its_arguments_are() -> None:
-    assert read_call('{"name": "f"}', TAGGED) == {"name": "f", "arguments": "{}"}
-    assert read_call('{"name": "f", "arguments": "{\\"a\\": 1}"}', TAGGED) == {"name": "f", "arguments": '{"a": 1}'}
-    for text in ("", "[]", '{"name": 1}', '{"arguments": {}}'):
-        assert read_call(text, TAGGED) is None
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("", "{}"),
+        (', "arguments": null', "{}"),
+        (', "arguments": ""', "{}"),
+        (', "arguments": {"a": 1}', '{"a": 1}'),
+        (', "arguments": "{\\"a\\": 1}"', '{"a": 1}'),
+        (', "arguments": "null"', None),
+        (', "arguments": "a"', None),
+        (', "arguments": [1]', None),
+        (', "arguments": 1', None),
+    ],
+)
+def test_the_arguments_of_a_call_are_an_object(written: str, read: str | None) -> None:
+    found = read_call(f'{{"name": "f"{written}}}', TAGGED, {"f"})
+    assert found == (None if read is None else {"name": "f", "arguments": read})
+    found = read_call(f'{{"name": "f"{written.replace("arguments", "parameters")}}}', BARE, {"f"})
+    assert found == (None if read is None else {"name": "f", "arguments": read})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"name": 1}',
+        '{"name": ["f"]}',
+        '{"arguments": {}}',
+        '{"name": "g"}',
+        pytest.param("[" * 99_999, id="brackets"),
+    ],
+)
+def test_what_calls_no_function_that_was_offered_is_no_call(text: str) -> None:
+    assert read_call(text, TAGGED, {"f"}) is None
 
 
 def test_the_grammar_of_calls_is_one() -> None:
