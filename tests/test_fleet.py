@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from modules.errors import Busy, ModelNotFound, NothingLoaded
 from modules.supervisor import NEVER, State
+from modules.supervisor.slot import Slot
 from tests.fleets import Ships, fleets
 from tests.supervised import order, prompt, text_of, until
 
@@ -130,6 +132,27 @@ def test_what_idles_ends_and_what_is_pinned_or_in_use_does_not() -> None:
         ships.until_names("pinned")
         ships.fleet.pin("pinned", False)
         ships.until_names()
+
+
+def test_a_look_that_fails_does_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked: list[Slot] = []
+    ends_at = Slot.ends_at
+
+    def fails_once(slot: Slot, idle_s: float) -> float:
+        if threading.current_thread().name == "idle-models" and not looked:
+            looked.append(slot)
+            raise RuntimeError("Set changed size during iteration")
+        return ends_at(slot, idle_s)
+
+    with fleets(idle_s=0.3) as ships:
+        ships.load("idle")
+        monkeypatch.setattr(Slot, "ends_at", fails_once)
+        ships.fleet.start()
+        ships.until_names()
+    assert "looking for idle models failed" in caplog.text
+    assert "RuntimeError" in caplog.text
 
 
 def test_a_request_says_how_long_its_model_stays() -> None:

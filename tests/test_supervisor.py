@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 
 from modules.errors import Busy, Cancelled, NothingLoaded, OutOfMemory
 from modules.protocol import CountOrder, Done, Piece
 from modules.supervisor import Snapshot, State
+from modules.supervisor.told import Told
 from tests.supervised import LIMIT_S, Supervised, living, order, prompt, supervised, text_of, until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,6 +270,29 @@ def test_unload_during_a_load_ends_both_models_for_good(cold: Supervised, beside
     snapshot = cold.supervisor.snapshot()
     assert (snapshot.state, snapshot.loaded) == (State.EMPTY, None)
     assert cold.load("next").state is State.READY
+
+
+def test_whether_it_works_can_be_asked_while_work_is_given(cold: Supervised) -> None:
+    cold.load("first")
+    supervisor, given = cold.supervisor, []
+
+    def give() -> None:
+        given.append(supervisor.tell("/embed", None))
+
+    class Interrupted(WeakSet[Told]):
+        """While somebody looks through it, another thread gives more work."""
+
+        def __iter__(self) -> Iterator[Told]:
+            for one in super().__iter__():
+                giving.start()
+                giving.join(0.2)
+                yield one
+
+    first, giving = supervisor.tell("/embed", None), threading.Thread(target=give)
+    supervisor._told = Interrupted([first])
+    assert not supervisor.working
+    giving.join(LIMIT_S)
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize("when", ["starting", "loading", "ready", "generating"])

@@ -286,24 +286,32 @@ class Fleet:
                 threading.Thread(target=self._watch, daemon=True, name="idle-models").start()
 
     def _watch(self) -> None:
-        while True:
-            with self.changed:
-                if self.closed:
-                    return
-                slot = min(self._slots, key=lambda slot: slot.ends_at(self._idle_s))
-                left_s = slot.ends_at(self._idle_s) - time.monotonic()
-                if left_s > 0:
-                    self.changed.wait(min(left_s, _LOOK_S))
-                    continue
-                slot.closing = True
-                name = slot.name
+        while not self.closed:
             try:
-                log.info("%s is unloaded: nobody uses it", name)
-                slot.unload()
+                self._end_idle()
             except WorkerTimeout as error:
                 log.error("%s", error)
-            finally:
-                self.open_again((slot,))
+            except Exception:  # else no idle model would end any more
+                log.exception("looking for idle models failed")
+                time.sleep(_LOOK_S)
+
+    def _end_idle(self) -> None:
+        """Unload the model that has idled too long, or wait a little for one. Raises WorkerTimeout."""
+        with self.changed:
+            if self.closed:
+                return
+            slot = min(self._slots, key=lambda slot: slot.ends_at(self._idle_s))
+            left_s = slot.ends_at(self._idle_s) - time.monotonic()
+            if left_s > 0:
+                self.changed.wait(min(left_s, _LOOK_S))
+                return
+            slot.closing = True
+            name = slot.name
+        try:
+            log.info("%s is unloaded: nobody uses it", name)
+            slot.unload()
+        finally:
+            self.open_again((slot,))
 
     # --- with the lock held ---
 

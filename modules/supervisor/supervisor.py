@@ -244,7 +244,8 @@ class Supervisor:
     @property
     def working(self) -> bool:
         """Whether the worker is at something longer than an answer."""
-        return any(told.running for told in list(self._told))
+        with self._changed:
+            return any(told.running for told in self._told)
 
     def memory(self) -> Memory | None:
         """What the loaded model's process holds; None where nothing is loaded, or it is too busy to answer."""
