@@ -98,7 +98,9 @@ class Answer:
         self._tokens = 0
         self._parts = _parts(loaded, order.shape, prompt) if order.shape.split else None
         self._shaping = self._shaped(order)
-        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is held back
+        self._logprobs: list[tuple[int, dict[str, Any]]] = []  # not told yet, with where each token's text begins
+        self._written = 0  # characters of all tokens so far
+        self._passed = 0  # of those, the ones that no stop cuts off
         self._begin = self._first = self._last = time.perf_counter()
 
     def _shaped(self, order: GenerateOrder) -> Shaping | None:
@@ -145,11 +147,13 @@ class Answer:
         self._first = self._last if not self._tokens else self._first
         self._tokens += 1
         if self._shaping is not None and (told := self._shaping.chosen(token)) is not None:
-            self._logprobs.append(told)
+            self._logprobs.append((self._written, told))
         if token in self.end_tokens:
             self._reason = "stop"
         else:
-            self._hand_out(self._stop_text.push(self._text.push(token)))
+            text = self._text.push(token)
+            self._written += len(text)
+            self._hand_out(self._stop_text.push(text))
             if self._stop_text.stopped:
                 self._reason = "stop"
             elif self._tokens >= self.limit:
@@ -169,6 +173,7 @@ class Answer:
         self._emit(Failed(error))
 
     def _hand_out(self, text: str) -> None:
+        self._passed += len(text)
         if self._parts is not None:
             reasoning, text = self._parts.push(text)
             self._tell(text, reasoning)
@@ -178,16 +183,22 @@ class Answer:
     def _tell(self, text: str, reasoning: str = "") -> None:
         """Hand out text with the log probabilities of the tokens up to it."""
         if text or reasoning:
-            self._emit(Piece(text, self._tokens, reasoning, tuple(self._logprobs)))
-            self._logprobs.clear()
+            self._emit(Piece(text, self._tokens, reasoning, self._due(self._passed)))
+
+    def _due(self, end: int) -> tuple[dict[str, Any], ...]:
+        """The log probabilities that are not told yet, of the tokens whose text begins before ``end``."""
+        told = tuple(one for begin, one in self._logprobs if begin < end)
+        del self._logprobs[: len(told)]
+        return told
 
     def _done(self, held_tokens: int) -> Done:
         """What there is to say after the last piece, which is handed out before it."""
         if self._parts is not None:
             reasoning, text = self._parts.finish()
             self._tell(text, reasoning)
-        if self._logprobs:
-            self._emit(Piece("", self._tokens, "", tuple(self._logprobs)))
+        # What lies wholly behind the cut of a stop is no part of the answer; else tokens without text may be left.
+        if rest := self._due(self._passed if self._stop_text.stopped else self._written + 1):
+            self._emit(Piece("", self._tokens, "", rest))
         return Done(
             finish_reason=self._reason or "stop",
             prompt_tokens=len(self._prompt.ids),

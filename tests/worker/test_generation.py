@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from modules.errors import LoadFailed, OutOfMemory, RequestTooLong
 from modules.options import GenerationOptions
-from modules.protocol import ChatMessages, Chunk, Done, Failed, GenerateOrder, LoadOrder, Piece
+from modules.protocol import ChatMessages, Chunk, Done, Failed, GenerateOrder, LoadOrder, Piece, Shape
 from modules.worker.generation import generate
 
 QUESTION: ChatMessages = ({"role": "user", "content": "Name three colours, and say what each is like."},)
@@ -262,3 +262,30 @@ def _raising_at_call(call: int, error: Exception) -> Callable[..., None]:
             raise error
 
     return hook
+
+
+def told(loaded: LoadedHere, stop: str, count: int = 12) -> tuple[str, list[str]]:
+    """The text up to ``stop``, and the tokens whose log probabilities are told."""
+    chunks: list[Chunk] = []
+    order = GenerateOrder(options(count), prompt=COUNTING, shape=Shape(stops=(stop,), logprobs=0))
+    generate(loaded, order, chunks.append)
+    pieces = [chunk for chunk in chunks if isinstance(chunk, Piece)]
+    return "".join(piece.text for piece in pieces), [one["token"] for piece in pieces for one in piece.logprobs]
+
+
+COUNTING = "One, two, three, four,"
+
+
+def test_log_probabilities_end_where_a_stop_cuts_the_text(loaded: LoadedHere) -> None:
+    whole, tokens = told(loaded, "never")
+    assert "".join(tokens) == whole
+    assert len(tokens) == 12
+    for at, token in enumerate(tokens[:6]):
+        if at == tokens.index(token):
+            text, found = told(loaded, token)  # wholly behind the cut
+            assert (text, found) == ("".join(tokens[:at]), tokens[:at])
+    first, second = tokens[1:3]
+    text, found = told(loaded, first[1:] + second)  # from within one token to the end of another
+    assert (text, found) == (tokens[0] + first[:1], tokens[:2])
+    text, found = told(loaded, second + "never")  # held back, and then no stop
+    assert (text, found) == (whole, tokens)
