@@ -52,18 +52,25 @@ class TextPart(Body):
 
 
 class CalledFunction(Body):
+    """``parsed_arguments`` is the client's own reading of ``arguments``: taken and not looked at."""
+
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(Body):
+    """``index`` is a streamed call's number, which its place tells as well."""
+
+    index: Annotated[int, Field(ge=0)] | None = None
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
 class Message(Body):
-    """Of an assistant's, ``reasoning_content`` is taken as it was given out, and not shown to the model again."""
+    """Of an assistant's, ``reasoning_content`` is taken as it was given out, and not shown to the model again; nor is
+    ``parsed``, which OpenAI's client adds to ``content``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], FIRST] | None = None
@@ -71,6 +78,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FIRST] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    parsed: Any = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None

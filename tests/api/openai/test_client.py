@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, Field
 
 from tests.api.openai.conftest import MODEL
 from tests.conftest import wait_until
@@ -189,6 +190,27 @@ def test_a_tool_that_must_be_called_is_called(client: OpenAI) -> None:
     after = client.chat.completions.create(messages=talk, tools=[WEATHER], **{**GREEDY, "max_tokens": 2})
     assert after.usage is not None
     assert after.usage.prompt_tokens > 60
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # the client's, of its own message
+def test_the_clients_own_messages_go_into_the_next_turn(client: OpenAI) -> None:
+    class Capital(BaseModel):
+        city: Annotated[str, Field(max_length=8)]
+
+    parsed = client.chat.completions.parse(messages=QUESTION, response_format=Capital, **{**GREEDY, "max_tokens": 30})
+    message = parsed.choices[0].message
+    assert message.parsed is not None
+    function = {"name": "weather", "arguments": "{}"}
+    call: dict[str, Any] = {"id": "call_1", "type": "function", "function": function}
+    streamed = {**call, "index": 0, "function": {**function, "parsed_arguments": {"city": "Paris"}}}
+    read = []
+    for answer, one in ((message, streamed), ({"role": "assistant", "content": message.content}, call)):
+        asking: Any = {"role": "assistant", "content": None, "tool_calls": [one]}
+        result: Any = {"role": "tool", "tool_call_id": "call_1", "content": "Sunny"}
+        talk: Any = [*QUESTION, answer, *QUESTION, asking, result]
+        usage = client.chat.completions.create(messages=talk, tools=[WEATHER], **{**GREEDY, "max_tokens": 1}).usage
+        read.append(usage.prompt_tokens if usage else 0)
+    assert read[0] == read[1] > 0
 
 
 def test_reasoning_is_told_apart_where_the_template_opens_it(client: OpenAI) -> None:
