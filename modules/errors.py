@@ -340,7 +340,7 @@ class WorkerCrashed(InternalError):
 class WorkerKilled(WorkerCrashed):
     kind = "worker_killed"
     title = "The model's process was killed"
-    remedy = "Most likely memory ran out: load in 4-bit, choose a shorter context, or close other programs."
+    remedy = "Load in 4-bit, choose a shorter context, or close other programs; then load it again."
 
 
 class WorkerTimeout(InternalError):

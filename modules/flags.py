@@ -47,6 +47,15 @@ class Parsed:
         return ServerOptions(**{**lower, **self.server})
 
     def command_options(self) -> CommandOptions:
+        """Raises OptionError for two commands, and for what belongs to a command that is not given."""
+        given = [COMMAND_OPTIONS[name] for name, value in self.command.items() if value is not False]
+        names = {spec.name for spec in given}
+        if len(several := [spec.flag for spec in given if spec.alone]) > 1:
+            raise OptionError(f"{' and '.join(several)} are {len(several)} commands.", "Give one of them.")
+        for spec in given:
+            if spec.needs and spec.needs not in names:
+                needed = COMMAND_OPTIONS[spec.needs].flag
+                raise OptionError(f"{spec.flag} means nothing without {needed}.", f"Give {needed} too.")
         return CommandOptions(**self.command)
 
 
@@ -112,7 +121,11 @@ def _add(group: argparse._ArgumentGroup, spec: Spec) -> None:
     spellings, text = _spellings(spec), _help(spec)
     if spec.kind == "flag":
         off = _both_ways(f"--no{'_' if '_' in spec.flag else '-'}{spec.flag[2:]}")
-        on_help, off_help = (argparse.SUPPRESS, text) if spec.default else (text, argparse.SUPPRESS)
+        on_help, off_help = (
+            (argparse.SUPPRESS, f"Turns off: {spec.help}".replace("%", "%%"))
+            if spec.default
+            else (text, argparse.SUPPRESS)
+        )
         group.add_argument(*spellings, dest=spec.name, action="store_true", help=on_help)
         group.add_argument(*off, dest=spec.name, action="store_false", help=off_help)
         return

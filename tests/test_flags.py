@@ -122,6 +122,7 @@ def test_a_path_is_kept_as_given() -> None:
         (["--temperature", "nan"], "not nan", ""),
         (["--prompt"], "--prompt", "--help"),
         (["--verbose=yes"], "--verbose", "--help"),
+        (["--max-new-tokens", "99999999"], "up to 1,000,000 tokens, not 99,999,999", ""),
     ],
 )
 def test_mistakes_are_explained(argv: list[str], message: str, hint: str) -> None:
@@ -130,6 +131,26 @@ def test_mistakes_are_explained(argv: list[str], message: str, hint: str) -> Non
     assert message in error.value.message
     assert hint in error.value.hint
     assert error.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--json"], "--json means nothing without --plan"),
+        (["--raw-prompt", "--plan"], "--raw-prompt means nothing without --prompt"),
+        (["--file", "*.json", "--no-plan"], "--file means nothing without --download"),
+        (["--prompt", "hi", "--plan"], "--prompt and --plan are 2 commands"),
+        (["--check", "--merge", "x", "--train", "y"], "--check and --merge and --train are 3 commands"),
+    ],
+)
+def test_commands_that_do_not_go_together_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parsed(*argv).command_options()
+
+
+def test_commands_that_go_together_are_taken() -> None:
+    assert parsed("--plan", "--json").command_options().json
+    assert parsed("--prompt", "", "--raw-prompt", "--no-plan").command_options().raw_prompt
 
 
 def test_help_is_quick() -> None:

@@ -111,30 +111,30 @@ class CommandOptions:
     """What to do instead of serving the page. All off: serve."""
 
     prompt: str = option(
-        "text", "", "Prompt", "Load --model, print its answer to this text, exit.", group="command",
+        "text", "", "Prompt", "Load --model, print its answer to this text, exit.", group="command", alone=True,
     )  # fmt: skip
     raw_prompt: bool = option(
         "flag", False, "Raw prompt", "Continue the text as it stands, without the model's chat template.",
-        group="command",
+        group="command", needs="prompt",
     )  # fmt: skip
     plan: bool = option(
-        "flag", False, "Plan", "Print the memory plan for --model, exit.", group="command",
+        "flag", False, "Plan", "Print the memory plan for --model, exit.", group="command", alone=True,
     )  # fmt: skip
-    json: bool = option("flag", False, "JSON", "With --plan: print it as JSON.", group="command")
+    json: bool = option("flag", False, "JSON", "With --plan: print it as JSON.", group="command", needs="plan")
     load_anyway: bool = option(
         "flag", False, "Load anyway", "Load --model even where the plan says that it does not fit.", group="command",
     )  # fmt: skip
     merge: str = option(
         "text", "", "Merge", "Write --model with --lora merged in as a new model of this name under models/, exit.",
-        group="command",
+        group="command", alone=True,
     )  # fmt: skip
     train: str = option(
         "text", "", "Train", "Train a LoRA as this YAML file says, and exit. Again: go on where it ended.",
-        group="command",
+        group="command", alone=True,
     )  # fmt: skip
     max_shard_size: str = option(
         "text", "5GB", "Largest file", "With --merge: write the weights in files of at most this size.",
-        group="command",
+        group="command", needs="merge",
     )  # fmt: skip
     demo: bool = option(
         "flag", False, "Demo", "Bring the demo model, SmolLM2-135M-Instruct, into models/ and select it.",
@@ -142,13 +142,14 @@ class CommandOptions:
     )  # fmt: skip
     download: str = option(
         "text", "", "Download", "Bring a model or LoRA from the Hub, USER/MODEL[:BRANCH] or its address, and exit.",
-        group="command",
+        group="command", alone=True,
     )  # fmt: skip
     file: str = option(
-        "text", "", "File", "With --download: only the files of this name, or that match this glob.", group="command",
+        "text", "", "File", "With --download: only the files of this name, or that match this glob.",
+        group="command", needs="download",
     )  # fmt: skip
     check: bool = option(
-        "flag", False, "Check", "Tell what of this machine and its packages works, exit.", group="command",
+        "flag", False, "Check", "Tell what of this machine and its packages works, exit.", group="command", alone=True,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class Spec:
 
     ``default_help`` is what the default means where the value alone does not tell (``None`` = what is free).
     ``flag`` is the spelling people know; the other spelling (``-`` for ``_``) is always accepted too.
+    ``needs``: the option without which this one means nothing, by name.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Spec:
     local_only: bool = False  # taken from the command line and from files of this machine only
     applies: Reason = always
     strict: bool = False  # set where it does not apply: refused; otherwise said and left out
+    needs: str = ""
+    alone: bool = False  # it is done instead of serving the page, and no other such option beside it
 
     def parse(self, value: Any) -> Any:
         """``value`` as this option's type. Raises OptionError naming the option, the value and the bound."""
@@ -82,7 +85,7 @@ class Spec:
         too_low = self.low is not None and (value <= self.low if self.above_low else value < self.low)
         too_high = self.high is not None and value > self.high
         if too_low or too_high or not math.isfinite(value):
-            raise OptionError(f"{self.flag} takes {self.takes}, not {value:g}.")
+            raise OptionError(f"{self.flag} takes {self.takes}, not {_in_words(value)}.")
 
     @property
     def takes(self) -> str:
@@ -99,10 +102,16 @@ class Spec:
         }[self.kind]
         bounds = []
         if self.low is not None:
-            bounds.append(f"{'above' if self.above_low else 'of at least'} {self.low:g}")
+            bounds.append(f"{'above' if self.above_low else 'of at least'} {_in_words(self.low)}")
         if self.high is not None:
-            bounds.append(f"up to {self.high:g}")
+            bounds.append(f"up to {_in_words(self.high)}")
         return " ".join([words, " and ".join(bounds), self.unit if bounds or self.kind == "numbers" else ""]).strip()
+
+
+def _in_words(number: float) -> str:
+    """``1,000,000`` and ``0.05``."""
+    whole = isinstance(number, int) or (number.is_integer() and abs(number) < 2**53)
+    return f"{int(number):,}" if whole else f"{number:g}"
 
 
 def option(kind: Kind, default: Any, label: str, help: str, *, group: str, flag: str = "", **rest: Any) -> Any:

@@ -72,24 +72,24 @@ def _follow_state(
     def synced(model: str | None, loaded_at: float) -> list[Any]:
         snapshot = service.snapshot()
         since = snapshot.loaded.since if snapshot.loaded else 0.0
-        mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
-        return [cards.status_line(snapshot), mode, since, *model_tab.state_updates(service, model)]
+        changed = chat_tab.loaded_updates(snapshot) if since != loaded_at else [gr.skip()] * len(chat.follows_loaded)
+        return [cards.status_line(snapshot), since, *changed, *model_tab.state_updates(service, model)]
 
     def opened(remembered: dict[str, Any]) -> list[Any]:
         return [
             cards.status_line(service.snapshot()),
             *model_tab.opened(models, service, remembered),
-            chat_tab.mode_update(service.snapshot()),
+            *chat_tab.loaded_updates(service.snapshot()),
         ]
 
     loaded_at = gr.State(0.0)
     sync.click(
-        synced, [models.model, loaded_at], [line, chat.mode, loaded_at, *models.follows_state],
+        synced, [models.model, loaded_at], [line, loaded_at, *chat.follows_loaded, *models.follows_state],
         queue=False, **QUIET,
     )  # fmt: skip
     page.load(
         opened, models.remembered,
-        [line, *model_tab.opened_outputs(models), chat.mode],
+        [line, *model_tab.opened_outputs(models), *chat.follows_loaded],
         **QUIET,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from modules.ui.live import Live, LiveAnswers
 RENDER_S = 2  # between two renderings of the Markdown; live.js shows the text that comes meanwhile
 CHAT, COMPLETION = "Chat", "Completion"
 History = list[dict[str, Any]]
-Updates = list[Any]  # for ChatTab.follows_answer: chatbot, text, send, stop, line, again, undo, clear
+Updates = list[Any]  # for ChatTab.follows_answer: chatbot, back, send, stop, line, again, undo, clear
 
 
 class Stops:
@@ -59,7 +59,7 @@ class Stops:
 
 @dataclass(frozen=True)
 class Question:
-    """One answer to get. ``before`` and ``text``: what chat and field go back to where there is none."""
+    """One answer to get. ``before`` and ``text``: what chat and field go back to where none came."""
 
     history: History
     mode: str
@@ -92,18 +92,17 @@ def request(question: Question) -> dict[str, Any]:
     return {"messages": front + question.history, "loras": question.loras}
 
 
-def working(history: History, line: str, *, text: Any = "") -> Updates:
+def working(history: History, line: str) -> Updates:
     """The page while an answer is awaited: Stop instead of Send, and nothing that would take the chat apart."""
     waiting = [*history, {"role": "assistant", "content": ""}]
     still = [gr.update(interactive=False)] * 3
-    return [waiting, text, gr.update(visible="hidden"), gr.update(visible=True), line, *still]
+    return [waiting, gr.skip(), gr.update(visible="hidden"), gr.update(visible=True), line, *still]
 
 
-def settled(history: Any, line: str, *, text: Any = None) -> Updates:
-    """The page when no answer is awaited."""
-    shown = gr.skip() if text is None else text
+def settled(history: Any, line: str, *, back: str = "") -> Updates:
+    """The page when no answer is awaited. ``back``: a question that goes back into the field, if that is empty."""
     free = [gr.update(interactive=True)] * 3
-    return [history, shown, gr.update(visible=True), gr.update(visible="hidden"), small(line), *free]
+    return [history, back or gr.skip(), gr.update(visible=True), gr.update(visible="hidden"), small(line), *free]
 
 
 def nothing() -> Updates:
@@ -119,7 +118,7 @@ def answer(
     """
     if service.snapshot().loaded is None:
         error: LoadstoneError = NothingLoaded("No model is loaded.")
-        yield settled(question.before, str(error), text=question.text or None)
+        yield settled(question.before, str(error), back=question.text)
         return
     stop = stops.begin(session)
     done, failure = None, None
@@ -165,12 +164,15 @@ def _so_far(question: Question, live: Live) -> Updates:
 def _ended(
     service: Service, question: Question, text: str, done: Done | None, failure: LoadstoneError | None
 ) -> Updates:
-    history = [*question.history, {"role": "assistant", "content": text}] if text else question.history
-    if failure is None:
-        return settled(history, done_in_words(done, service.snapshot()))
-    warn(failure)
-    line = f"{failure.title}. {failure}"
-    return settled(history, line) if text else settled(question.before, line, text=question.text or None)
+    line = done_in_words(done, service.snapshot())
+    if failure is not None:
+        warn(failure)
+        line = str(failure)
+    if text:
+        return settled([*question.history, {"role": "assistant", "content": text}], line)
+    if done is not None and done.finish_reason != "cancelled":  # the model had nothing to say
+        return settled(question.history, line)
+    return settled(question.before, line, back=question.text)  # it is as if nothing had been asked
 
 
 def done_in_words(done: Done | None, snapshot: Snapshot) -> str:

@@ -34,15 +34,27 @@ MOST_ANSWERS = 24  # at a time, the rest wait: each holds one of the web process
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
 _NO_TEMPLATE = "This model has no chat template: it continues the text as it stands."
 # The conversation is this browser tab's: it survives a reload of the page, and no other tab sees it.
-_KEEP = "(messages) => { try { sessionStorage.setItem('loadstone-chat', JSON.stringify(messages)) } catch {} }"
-_RECALL = """(now) => { if (now?.length) return now;
-  try { return JSON.parse(sessionStorage.getItem('loadstone-chat')) ?? [] } catch { return [] } }"""
+# It is kept with every rendering, also of an answer that is still coming, but not before it was recalled. An answer of
+# which nothing has come is none. Gradio takes an array for the values of several widgets: hence one within another.
+_KEEP = """(messages) => { if (!window.loadstoneRecalled) return;
+  try { sessionStorage.setItem('loadstone-chat', JSON.stringify(messages)) } catch {} }"""
+_RECALL = """(now) => { window.loadstoneRecalled = true; if (now?.length) return [now]; let kept = [];
+  try { kept = JSON.parse(sessionStorage.getItem('loadstone-chat')) ?? [] } catch {}
+  const empty = ({role, content}) => role === 'assistant' && !(content?.map?.((part) => part.text).join('') ?? content);
+  return [kept.filter((message) => !empty(message))] }"""
+
+# Here and not by the server, whose answer would wipe out what is typed next.
+_SENT = """(text, ...rest) => { const field = document.querySelector('#message textarea');
+  if (text?.trim() && field) { field.value = ''; field.dispatchEvent(new Event('input', {bubbles: true})) }
+  return [text, ...rest] }"""
+_BACK = "(back, text) => ['', text?.trim() ? text : back || text]"
 
 
 @dataclass(frozen=True)
 class ChatTab:
     chatbot: gr.Chatbot
     text: gr.Textbox
+    back: gr.Textbox  # hidden: a question that goes back into the field
     send: gr.Button
     stop: gr.Button
     again: gr.Button
@@ -60,8 +72,13 @@ class ChatTab:
         return [self.mode, self.loras.chosen, self.system, *self.fields.values()]
 
     @property
+    def follows_loaded(self) -> list[Any]:
+        """What :func:`loaded_updates` updates."""
+        return [self.chatbot, self.mode]
+
+    @property
     def follows_answer(self) -> list[Any]:
-        return [self.chatbot, self.text, self.send, self.stop, self.line, self.again, self.undo, self.clear]
+        return [self.chatbot, self.back, self.send, self.stop, self.line, self.again, self.undo, self.clear]
 
 
 def build(service: Service) -> ChatTab:
@@ -80,6 +97,8 @@ def build(service: Service) -> ChatTab:
                 placeholder="Message · Enter sends, Shift+Enter makes a new line, Esc stops", label="Message",
                 show_label=False, lines=1, max_lines=8, elem_id="message", autofocus=True,
             )  # fmt: skip
+            with gr.Row(elem_classes="unseen"):
+                back = gr.Textbox("", label="Taken back")
             with gr.Row(elem_id="chat-buttons"):
                 send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop", visible="hidden", min_width=80)
@@ -91,7 +110,7 @@ def build(service: Service) -> ChatTab:
             loras = chat_loras.build(other)
             system = gr.Textbox(label="System prompt", lines=3, max_lines=10, elem_id="system", placeholder="None")
             fields = _fields(service.generation_defaults())
-    return ChatTab(chatbot, text, send, stop, again, undo, clear, mode, system, fields, line, loras)
+    return ChatTab(chatbot, text, back, send, stop, again, undo, clear, mode, system, fields, line, loras)
 
 
 def _fields(defaults: GenerationOptions) -> dict[str, gr.components.Component]:
@@ -109,13 +128,15 @@ def _fields(defaults: GenerationOptions) -> dict[str, gr.components.Component]:
     return fields
 
 
-def mode_update(snapshot: Snapshot) -> Any:
-    """The mode that suits what is loaded: without a chat template only Completion."""
+def loaded_updates(snapshot: Snapshot) -> list[Any]:
+    """Updates for ``tab.follows_loaded``: without a chat template there is Completion only. Without a model nothing
+    is edited: Gradio takes what follows an edited message away before anybody is asked."""
     if snapshot.loaded is None:
-        return gr.skip()
+        return [gr.update(editable="none"), gr.skip()]
     has_template = snapshot.loaded.report.has_chat_template
     info = _MODE_HELP if has_template else _NO_TEMPLATE
-    return gr.update(value=CHAT if has_template else COMPLETION, interactive=has_template, info=info)
+    mode = gr.update(value=CHAT if has_template else COMPLETION, interactive=has_template, info=info)
+    return [gr.update(editable="all"), mode]
 
 
 # --- what a click does ---
@@ -136,14 +157,6 @@ def _answered(history: History) -> History:
     return kept
 
 
-def _take_back(history: History, text: str) -> tuple[History, Any]:
-    """Without the last question and its answer; the question goes back into the field, if that is empty."""
-    kept = _answered(plain(history))
-    if not kept:
-        return plain(history), gr.skip()
-    return kept[:-1], gr.skip() if text.strip() else kept[-1]["content"]
-
-
 @dataclass(frozen=True)
 class Conversation:
     """What the buttons of the tab do. Gradio fills in a request before the inputs, by its annotation."""
@@ -160,7 +173,7 @@ class Conversation:
         try:
             question = _question(self.tab, history, before, raw, text)
         except LoadstoneError as error:
-            yield settled(before, str(error), text=text or None)
+            yield settled(before, str(error), back=text)
             return
         yield from answer(self.service, self.stops, self.lives, str(request.session_hash), question)
 
@@ -187,7 +200,7 @@ class Conversation:
             yield nothing()
             return
         kept = [*before[:index], {"role": "user", "content": str(edit.value)}]
-        yield from self._ask(request, kept, kept, raw)
+        yield from self._ask(request, kept, before, raw)
 
     def beside(self, request: gr.Request, beside: str, history: History, *raw: Any) -> Iterator[Updates]:
         """The last question once more, with other LoRAs, beside its answer."""
@@ -199,10 +212,11 @@ class Conversation:
         question = _question(self.tab, kept, kept, raw)
         yield from self.comparison.answer(str(request.session_hash), question, beside)
 
-    def take_back(self, request: gr.Request, history: History, text: str) -> Updates:
+    def take_back(self, request: gr.Request, history: History) -> Updates:
+        """Without the last question and its answer."""
         self.stops.drop(str(request.session_hash))
-        kept, field = _take_back(history, text)
-        return [kept, field, *settled(kept, "")[2:]]
+        *kept, question = _answered(plain(history)) or [{}]
+        return settled(kept, "", back=question.get("content", ""))
 
     def clear(self, request: gr.Request) -> Updates:
         self.stops.drop(str(request.session_hash))
@@ -221,16 +235,14 @@ def wire(tab: ChatTab, service: Service, stops: Stops, lives: LiveAnswers) -> No
     }  # fmt: skip
     inputs = [tab.chatbot, *tab.settings]
     ends = [
-        gr.on([tab.send.click, tab.text.submit], chat.send, [tab.text, *inputs], **asks),
+        gr.on([tab.send.click, tab.text.submit], chat.send, [tab.text, *inputs], js=_SENT, **asks),
         gr.on([tab.again.click, tab.chatbot.retry], chat.again, inputs, **asks),
         tab.chatbot.edit(chat.edited, inputs, **asks),
-        gr.on(
-            [tab.undo.click, tab.chatbot.undo], chat.take_back, [tab.chatbot, tab.text], tab.follows_answer, **DIRECT
-        ),
+        gr.on([tab.undo.click, tab.chatbot.undo], chat.take_back, tab.chatbot, tab.follows_answer, **DIRECT),
         gr.on([tab.clear.click, tab.chatbot.clear], chat.clear, None, tab.follows_answer, **DIRECT),
     ]
-    for end in ends:
-        end.then(None, tab.chatbot, None, js=_KEEP)
+    tab.back.change(None, [tab.back, tab.text], [tab.back, tab.text], js=_BACK, **QUIET)
+    tab.chatbot.change(None, tab.chatbot, None, js=_KEEP, **QUIET)
     again: dict[str, Any] = {**asks, "outputs": [tab.loras.other, *tab.follows_answer[1:]]}
     tab.loras.ask.click(chat.beside, [tab.loras.beside, *inputs], **again)
     for end in ends[:3]:

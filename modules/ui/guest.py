@@ -37,9 +37,10 @@ def _follow_state(page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.But
     def synced(loaded_at: float) -> list[Any]:
         snapshot = service.snapshot()
         since = snapshot.loaded.since if snapshot.loaded else 0.0
-        mode = chat_tab.mode_update(snapshot) if since != loaded_at else gr.skip()
-        return [cards.status_line(snapshot), mode, since]
+        changed = chat_tab.loaded_updates(snapshot) if since != loaded_at else [gr.skip()] * len(chat.follows_loaded)
+        return [cards.status_line(snapshot), since, *changed]
 
-    loaded_at = gr.State(0.0)
-    sync.click(synced, loaded_at, [line, chat.mode, loaded_at], queue=False, **QUIET)
-    page.load(synced, loaded_at, [line, chat.mode, loaded_at], **QUIET)
+    loaded_at = gr.State(-1.0)  # not known yet; 0: nothing is loaded
+    outputs = [line, loaded_at, *chat.follows_loaded]
+    sync.click(synced, loaded_at, outputs, queue=False, **QUIET)
+    page.load(synced, loaded_at, outputs, **QUIET)

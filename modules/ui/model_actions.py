@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import gradio as gr
 
 from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
-from modules.service import Service, View
+from modules.service import Service
 from modules.ui import cards
 from modules.ui.common import DIRECT, QUIET, edits, guarded, inform, warn
 from modules.ui.form import form_updates, form_values
@@ -41,31 +42,43 @@ def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> l
         values = form_values(tab.form, raw)
     except LoadstoneError as error:
         view = service.view(model or "")
-        problem = View(**{**view.__dict__, "problem": error})
+        problem = replace(view, problem=error, fit=None)  # what would fit then, nobody knows
         return view_updates(tab, service, problem, with_values=False)
     return view_updates(tab, service, service.view(model or "", values), with_values=False)
 
 
+def _unrefused(
+    tab: ModelTab, service: Service, refused: tuple[Any, ...] | None, model: str | None, *raw: Any
+) -> list[Any]:
+    """Updates for ``tab.follows_refusal`` and ``refused``, the values that a load was refused with. A load with others
+    is another one, for which that is of no interest."""
+    if refused is None or refused == raw:
+        return [gr.skip()] * (len(tab.follows_refusal) + 1)
+    updates = dict(zip(tab.follows_state, state_updates(service, model), strict=True))
+    return [*(updates[widget] for widget in tab.follows_refusal), None]
+
+
 def _follow(service: Service, model: str | None) -> Iterator[list[Any]]:
-    """State updates until the load that was just asked for has ended."""
+    """State updates until the load that was just asked for has ended, and that it was not refused."""
     while True:
         snapshot = service.snapshot()
-        yield state_updates(service, model)
+        yield [*state_updates(service, model), None]
         if not cards.busy(snapshot):
             return
         service.supervisor.wait(snapshot.version, POLL_S)
 
 
 def _load(tab: ModelTab, service: Service, model: str | None, *raw: Any, anyway: bool = False) -> Iterator[list[Any]]:
-    yield from _act(service, lambda: service.load(model or "", form_values(tab.form, raw), anyway=anyway), model)
+    yield from _act(service, lambda: service.load(model or "", form_values(tab.form, raw), anyway=anyway), model, *raw)
 
 
-def _act(service: Service, action: Callable[[], object], model: str | None) -> Iterator[list[Any]]:
+def _act(service: Service, action: Callable[[], object], model: str | None, *raw: Any) -> Iterator[list[Any]]:
+    """Updates for ``tab.follows_state`` and ``tab.refused``."""
     try:
         action()
     except LoadstoneError as error:
         warn(error)
-        yield state_updates(service, model, error)
+        yield [*state_updates(service, model, error), raw]
         return
     yield from _follow(service, model)
 
@@ -115,7 +128,7 @@ def _allow_and_load(
         service.allow_code(model or "", shown)
         service.load(model or "", form_values(tab.form, raw))
 
-    yield from _act(service, act, model)
+    yield from _act(service, act, model, *raw)
 
 
 def _looked(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
@@ -173,6 +186,10 @@ def wire(tab: ModelTab, service: Service) -> None:
         [*edits(tab.form.widgets), tab.loras.typed.change],
         changed, inputs, tab.follows_view, trigger_mode="always_last", **DIRECT,
     )  # fmt: skip
+    gr.on(
+        edits(tab.form.widgets), partial(_unrefused, tab, service), [tab.refused, *inputs],
+        [*tab.follows_refusal, tab.refused], trigger_mode="always_last", **DIRECT,
+    )  # fmt: skip
     _wire_loading(tab, service, inputs, changed, load)
     filled = [
         tab.stretch.click(bound(_stretched), inputs, tab.follows_view, **_IN_ORDER),
@@ -192,7 +209,7 @@ def _wire_loading(
     tab: ModelTab, service: Service, inputs: list[Any], changed: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
     """The buttons that change what is loaded; afterwards what is free has changed."""
-    acts: dict[str, Any] = {"outputs": tab.follows_state, **QUIET}
+    acts: dict[str, Any] = {"outputs": [*tab.follows_state, tab.refused], **QUIET}
     submits = [field.submit for field in tab.form.widgets if hasattr(field, "submit")]
     fixed = guarded(len(tab.form.widgets), partial(_fixed, tab, service))
     acted = [

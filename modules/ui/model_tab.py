@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from modules.errors import CustomCodeRefused, LoadstoneError
-from modules.options import LOAD_OPTIONS, alpha_for
+from modules.options import LOAD_OPTIONS, Spec, alpha_for
 from modules.service import Service, View
-from modules.supervisor import State
+from modules.supervisor import LOAD_STATES, Snapshot, State
 from modules.ui import cards, download_card, lora_card
 from modules.ui.form import Form, build_form, form_updates, group_updates, widget_value
 
@@ -44,6 +44,7 @@ class ModelTab:
     fit: gr.HTML
     card: gr.HTML
     code: gr.HTML
+    refused: gr.State  # the form's values that a load was refused with; None: none was
     shown_code: gr.State  # the Python files as they were shown: name → SHA-256
     downloads: download_card.DownloadCard
     loras: lora_card.LoraCard
@@ -53,6 +54,11 @@ class ModelTab:
         """What :func:`state_updates` updates."""
         buttons = [self.load, self.unload, self.reload, self.cancel, self.fix, self.allow_code]
         return [self.card, *buttons, *self.loras.follows_state]
+
+    @property
+    def follows_refusal(self) -> list[Any]:
+        """The part of ``follows_state`` that tells why a load was refused, and mends it."""
+        return [self.card, self.fix, self.allow_code]
 
     @property
     def follows_view(self) -> list[Any]:
@@ -96,7 +102,7 @@ def build(service: Service) -> ModelTab:
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
         model, chosen, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
-        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State({}), downloads, loras,
+        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State(), gr.State({}), downloads, loras,
     )  # fmt: skip
 
 
@@ -188,11 +194,17 @@ def fix_label(error: LoadstoneError | None) -> str:
     words = [
         f"{'with' if value else 'without'} {LOAD_OPTIONS[name].label}"
         if LOAD_OPTIONS[name].kind == "flag"
-        else f"with {LOAD_OPTIONS[name].label} {widget_value(LOAD_OPTIONS[name], value)}"
+        else f"with {LOAD_OPTIONS[name].label} {_shown(LOAD_OPTIONS[name], value)}"
         for name, value in error.fix.items()
         if name in LOAD_OPTIONS
     ]
     return f"Load {' and '.join(words)} instead"
+
+
+def _shown(spec: Spec, value: Any) -> str:
+    """A value in words; one that is left to the program by what that means."""
+    shown = widget_value(spec, value)
+    return spec.default_help if shown is None or shown == "" else str(shown)
 
 
 def model_choices(service: Service) -> list[str]:
@@ -215,13 +227,21 @@ def menu_update(service: Service, choices: list[str], model: str | None) -> Any:
 
 
 def show_selected(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
-    """A model was chosen: its own options, its facts."""
-    view = service.view(model or "")
+    """A model was chosen: the options that it is loaded with, or else its own; its facts."""
+    view = service.view(model or "", _loaded_options(service.snapshot(), model))
     return [
         *group_updates(tab.form, view),
         *state_updates(service, model),
         *view_updates(tab, service, view, with_values=True, shows_code=True),
     ]
+
+
+def _loaded_options(snapshot: Snapshot, model: str | None) -> dict[str, Any]:
+    """The options of the model's load that is under way, or has failed, or by which it answers; empty where there is
+    none. What Load would change is seen so."""
+    under_way = snapshot.order if snapshot.state in (*LOAD_STATES, State.FAILED) else None
+    orders = [under_way, snapshot.loaded.order if snapshot.loaded else None]
+    return next((vars(order.options) for order in orders if order is not None and order.name == model), {})
 
 
 def opened(tab: ModelTab, service: Service, remembered: dict[str, Any]) -> list[Any]:

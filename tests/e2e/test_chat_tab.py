@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +62,9 @@ def bots(page: Page) -> Locator:
 
 def answered(page: Page, text: str) -> str:
     """The answer to ``text``, whole."""
+    before = users(page).count()
     ask(page, text)
+    expect(users(page)).to_have_count(before + 1)
     settled(page)
     return bots(page).last.inner_text()
 
@@ -311,3 +315,129 @@ def test_who_has_to_wait_is_told_how_many_are_before(
         waiting.result().close()
     assert "tokens/s" in answer_line(page)
     expect(bots(page)).to_have_count(1)
+
+
+# --- a reload, and what nothing came of ---
+
+
+def reloaded(page: Page) -> Page:
+    page.reload()
+    page.wait_for_selector("#model input", state="attached")
+    page.get_by_role("tab", name="Chat").click()
+    return page
+
+
+def test_the_conversation_comes_back_after_a_reload_and_goes_on(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    first = answered(page, SHORT)
+    for _ in range(2):
+        reloaded(page)
+        expect(bots(page)).to_have_text([re.compile(re.escape(first.splitlines()[0]))])
+        expect(users(page)).to_contain_text(SHORT)
+    answered(page, "And goodbye?")
+    expect(users(page)).to_have_count(2)
+    new_chat(page)
+    reloaded(page)
+    expect(page.locator("#message textarea")).to_be_visible()
+    expect(users(page)).to_have_count(0)
+
+
+def test_a_reload_while_the_answer_comes_keeps_the_question_and_what_has_come(
+    server: Server, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(server)
+    stream(page)
+    kept_words = "JSON.parse(sessionStorage.getItem('loadstone-chat') ?? '[]').at(-1)?.content"
+    wait_until(lambda: len(json.dumps(page.evaluate(kept_words))) > 80)
+    reloaded(page)
+    expect(users(page)).to_contain_text(LONG)
+    expect(bots(page)).to_contain_text(re.compile(r"\w{3,} \w+"))
+    quiet(page, server)
+
+
+def test_what_is_typed_after_enter_stays(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    page.get_by_role("tab", name="Chat").click()
+    field = page.locator("#message textarea")
+    field.fill(SHORT)
+    field.press("Enter")
+    page.keyboard.type("my next one")
+    expect(page.locator("#chat-line")).to_contain_text("first token", timeout=LOAD_MS)
+    expect(field).to_have_value("my next one")
+    expect(users(page)).to_have_text([re.compile(SHORT)])
+
+
+def test_a_stop_before_the_first_word_leaves_things_as_they_were(
+    server: Server, open_page: Callable[..., Page]
+) -> None:
+    assert server.load(NAME, bf16=True, max_batch=1)[0] == 200
+    page = open_page(server)
+    answer = answered(page, SHORT)
+    other = asked(server, "other")
+    page.locator("#regenerate").click()
+    expect(page.locator("#chat-line")).to_contain_text("waiting")
+    page.locator("#stop").click()
+    expect(page.locator("#send")).to_be_visible()
+    assert bots(page).last.inner_text() == answer
+    ask(page, "And goodbye?")
+    expect(page.locator("#chat-line")).to_contain_text("waiting")
+    page.locator("#stop").click()
+    expect(page.locator("#message textarea")).to_have_value("And goodbye?")
+    expect(users(page)).to_have_count(1)
+    other.close()
+
+
+def test_without_a_model_nothing_is_edited_away(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    answered(page, SHORT)
+    answered(page, "And goodbye?")
+    edit = page.locator("#chatbot").get_by_role("button", name="Edit")
+    expect(edit).to_have_count(4)
+    assert server.call("/v1/internal/model/unload", {})[0] == 200
+    expect(edit).to_have_count(0)  # what follows an edited message would be gone, with nobody to answer
+    page.locator("#regenerate").click()
+    expect(page.locator("#chat-line")).to_contain_text("No model is loaded")
+    expect(users(page)).to_have_count(2)
+    expect(bots(page)).to_have_count(2)
+    reloaded(page)
+    expect(bots(page)).to_have_count(2)
+    expect(edit).to_have_count(0)
+    assert server.load(NAME, bf16=True)[0] == 200
+    expect(edit).to_have_count(4)
+
+
+def test_a_picture_in_a_message_tells_nobody(server: Server, open_page: Callable[..., Page]) -> None:
+    hits: list[str] = []
+
+    class Spy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hits.append(self.path)
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Spy) as spy:
+        threading.Thread(target=spy.serve_forever, daemon=True).start()
+        page = open_page(server)
+        refused: list[str] = []
+        page.on("console", lambda told: refused.append(told.text))
+        answered(page, f"Look: ![a](http://127.0.0.1:{spy.server_port}/leak?secret=1) done")
+        wait_until(lambda: any("Content Security Policy" in text for text in refused))
+        spy.shutdown()
+    assert not hits
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_tables_words_are_whole(server: Server, open_page: Callable[..., Page], width: int) -> None:
+    page = open_page(server, width=width)
+    words = ["Configuration", "Quantization", "Architecture", "Temperature", "Parallelism", "Performance"]
+    rows = ["| " + " | ".join(words) + " |", "|" + "---|" * 6, "| " + " | ".join(words) + " |"]
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#message textarea").fill("\n".join(rows))
+    page.locator("#send").click()
+    cell = users(page).locator("td").first
+    expect(cell).to_be_visible()
+    box = cell.bounding_box()
+    assert box
+    assert box["width"] > 80
+    assert box["height"] < 60
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    settled(page)

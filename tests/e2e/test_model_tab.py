@@ -140,8 +140,8 @@ def test_reload_starts_a_new_process_with_the_same_options(server: Server, open_
     load(page)
     before, first = server.info(), {worker.pid for worker in server.workers()}
     page.locator("#reload").click()
-    wait_until(lambda: (info := server.info())["version"] > before["version"] and info["state"] == "ready", 60)
-    assert first - {worker.pid for worker in server.workers()}, "the process that held the model is still there"
+    wait_until(lambda: bool(first - {worker.pid for worker in server.workers()}), 60)  # the one that held the model ends
+    wait_until(lambda: server.info()["state"] == "ready", 60)
     assert server.info()["options"] == before["options"]
     expect(page.locator("#card")).to_contain_text("Ready")
 
@@ -298,6 +298,38 @@ def test_the_proposed_fix_is_one_click(server: Server, open_page: Callable[..., 
     expect(page.locator("#fix")).to_be_hidden()
     options = server.info()["options"]
     assert (options["alpha_value"] > 1) != (options["compress_pos_emb"] > 1)
+
+
+def test_a_refusal_goes_with_its_cause(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    select_model(page)
+    fill(page, "cpu_memory", "0.1")
+    page.locator("#load").click()
+    expect(page.locator("#card .error")).to_contain_text("missing")
+    expect(page.locator("#fix")).to_be_visible()
+    assert "None" not in page.locator("#fix").inner_text()
+    fill(page, "cpu_memory", "")
+    expect(page.locator("#card .error")).to_have_count(0)
+    expect(page.locator("#fix")).to_be_hidden()
+    fill(page, "ctx_size", "-3")
+    expect(page.locator("#fit .error")).to_contain_text("not -3")
+    expect(page.locator("#fit .ok")).to_have_count(0)  # whether it fits, nobody knows
+
+
+def test_after_a_reload_the_form_is_what_is_loaded(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    select_model(page)
+    page.locator("#option-precision").get_by_label("8-bit").check()
+    fill(page, "ctx_size", "1024")
+    load(page)
+    page.reload()
+    expect(page.locator("#card")).to_contain_text("Ready")
+    expect(page.locator("#option-precision").get_by_label("8-bit")).to_be_checked()
+    expect(field(page, "ctx_size")).to_have_value("1024")
+    select_model(page, SMALL)
+    expect(page.locator("#option-precision").get_by_label("8-bit")).not_to_be_checked()
+    select_model(page)
+    expect(page.locator("#option-precision").get_by_label("8-bit")).to_be_checked()
 
 
 # --- a load that runs ---
