@@ -41,6 +41,7 @@ from modules.protocol import (
     decode,
     encode,
 )
+from tests.machine import BF16
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / ".cache" / "fixtures"
@@ -215,7 +216,7 @@ def demo_order(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lo
         file_format="safetensors",
         task="causal",
         quantization="",
-        options=LoadOptions(model=demo_model.name, cpu=True, bf16=True),
+        options=LoadOptions(model=demo_model.name, cpu=True, bf16=BF16),
         ctx_tokens=2048,
         offload_dir=str(folder / "offload"),
         cache_dir=str(folder / "cache"),

@@ -13,6 +13,7 @@ from modules.errors import LoadstoneError, WorkerKilled
 from modules.options import GenerationOptions, LoadOptions
 from modules.protocol import CountOrder, Done, GenerateOrder, LoadOrder, Piece
 from modules.supervisor import State, Supervisor
+from tests.machine import BF16
 from tests.supervised import Workers
 
 LOAD_S = 120.0
@@ -32,7 +33,7 @@ def supervisor(workers: Workers) -> Iterator[Supervisor]:
 
 
 def _order(model: Path, cache: Path) -> LoadOrder:
-    options = LoadOptions(bf16=True, cpu=True)
+    options = LoadOptions(cpu=True, bf16=BF16)
     return LoadOrder(model.name, str(model), "safetensors", "causal", "", options, 2048, str(cache), str(cache))
 
 

@@ -19,6 +19,7 @@ from tests import checkpoints
 from tests.conftest import wait_until
 from tests.e2e.conftest import Server, start_server
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, answer_line, ask
+from tests.machine import QUICK_OPTIONS
 
 NO_TEMPLATE = "no-template"
 LONG = "Write a very long story about the sea."
@@ -43,7 +44,7 @@ def shared(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def server(shared: Server) -> Server:
     """The module's server with the demo model loaded and nothing being generated."""
     if shared.info()["model_name"] != NAME:
-        assert shared.load(NAME, bf16=True)[0] == 200
+        assert shared.load(NAME, **QUICK_OPTIONS)[0] == 200
     wait_until(lambda: generating(shared) == 0)
     return shared
 
@@ -298,7 +299,7 @@ def asked(server: Server, who: str) -> http.client.HTTPResponse:
 def test_who_has_to_wait_is_told_how_many_are_before(
     server: Server, open_page: Callable[..., Page], width: int
 ) -> None:
-    assert server.load(NAME, bf16=True, max_batch=1)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS, max_batch=1)[0] == 200
     page = open_page(server, width=width)
     first = asked(server, "first")
     with ThreadPoolExecutor(1) as pool:
@@ -370,7 +371,7 @@ def test_what_is_typed_after_enter_stays(server: Server, open_page: Callable[...
 def test_a_stop_before_the_first_word_leaves_things_as_they_were(
     server: Server, open_page: Callable[..., Page]
 ) -> None:
-    assert server.load(NAME, bf16=True, max_batch=1)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS, max_batch=1)[0] == 200
     page = open_page(server)
     answer = answered(page, SHORT)
     other = asked(server, "other")
@@ -402,7 +403,7 @@ def test_without_a_model_nothing_is_edited_away(server: Server, open_page: Calla
     reloaded(page)
     expect(bots(page)).to_have_count(2)
     expect(edit).to_have_count(0)
-    assert server.load(NAME, bf16=True)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
     expect(edit).to_have_count(4)
 
 

@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import ROOT, Server
 from tests.e2e.test_load_from_the_browser import NAME
+from tests.machine import QUICK_FLAGS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ def test_prompt_prints_the_answer_alone_on_stdout(home: Path) -> None:
 
 
 def test_raw_prompt_continues_the_text(home: Path) -> None:
-    done = run("--home", str(home), "--model", NAME, "--bf16", "--temperature", "0", "--raw-prompt",
+    done = run("--home", str(home), "--model", NAME, *QUICK_FLAGS, "--temperature", "0", "--raw-prompt",
                "--prompt", "One, two, three, four,", "--max-new-tokens", "6")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "five" in done.stdout

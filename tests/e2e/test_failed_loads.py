@@ -16,6 +16,7 @@ from tests.conftest import wait_until
 from tests.e2e.conftest import Server, start_server
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, answer_line, ask, load, select_model
 from tests.e2e.test_model_tab import GATED, Gate, gated_model
+from tests.machine import QUICK_OPTIONS
 
 SMALL = "small"  # loads in less than a second
 LACKING = "lacking"
@@ -147,7 +148,7 @@ def server(shared: Server, gate: Gate) -> Iterator[Server]:
 
 
 def test_the_running_model_answers_after_another_failed(server: Server, open_page: Callable[..., Page]) -> None:
-    assert server.load(NAME, bf16=True)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
     before = server.info()
     page = open_page(server)
     select_model(page, LACKING)
@@ -169,7 +170,7 @@ def test_over_http_the_failure_is_the_answer_and_the_model_stays(server: Server)
     assert (status, body["error"]["kind"]) == (422, "broken_checkpoint")
     assert "lack" in body["error"]["message"]
     assert server.info()["model_name"] == SMALL
-    assert server.load(NAME, bf16=True)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
 
 
 # --- nothing runs ---

@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import Server, wait_for
 from tests.e2e.test_load_from_the_browser import NAME, ask, select_model
+from tests.machine import QUICK_FLAGS, QUICK_OPTIONS
 
 
 def loaded_worker(server: Server) -> psutil.Process:
@@ -36,13 +37,13 @@ def test_worker_killed_while_loading(launch: Callable[..., Server], open_page: C
     info = server.wait_state("failed")
     assert info["error"]["kind"] == "worker_killed"
     expect(page.locator("#card")).to_contain_text("killed")
-    status, info = server.load(NAME, bf16=True)
+    status, info = server.load(NAME, **QUICK_OPTIONS)
     assert (status, info["state"]) == (200, "ready")
     expect(page.locator("#card")).to_contain_text("Ready")
 
 
 def test_worker_killed_while_generating(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
-    server = launch("--no-warm-worker", "--model", NAME, "--bf16", "--max-new-tokens", "2000")
+    server = launch("--no-warm-worker", "--model", NAME, *QUICK_FLAGS, "--max-new-tokens", "2000")
     server.wait_state("ready")
     page = open_page(server)
     ask(page, "Write a very long story.")
@@ -50,7 +51,7 @@ def test_worker_killed_while_generating(launch: Callable[..., Server], open_page
     os.kill(loaded_worker(server).pid, signal.SIGKILL)
     expect(page.locator("#chat-line")).to_contain_text("killed", timeout=10_000)
     assert server.wait_state("failed")["error"]["kind"] == "worker_killed"
-    assert server.load(NAME, bf16=True)[1]["state"] == "ready"
+    assert server.load(NAME, **QUICK_OPTIONS)[1]["state"] == "ready"
 
 
 def test_cancel_while_loading(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
@@ -69,7 +70,7 @@ def test_cancel_while_loading(launch: Callable[..., Server], open_page: Callable
 
 def test_unload_ends_the_process(launch: Callable[..., Server]) -> None:
     server = launch("--no-warm-worker")
-    assert server.load(NAME, bf16=True)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
     worker = loaded_worker(server)
     server.call("/v1/internal/model/unload", {})
     assert_gone([worker], 0.5)
@@ -77,7 +78,7 @@ def test_unload_ends_the_process(launch: Callable[..., Server]) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_closing_the_server_leaves_no_worker(launch: Callable[..., Server], end: signal.Signals) -> None:
-    server = launch("--model", NAME, "--bf16")
+    server = launch("--model", NAME, *QUICK_FLAGS)
     server.wait_state("ready")
     wait_for(lambda: len(server.workers()) >= 2, "the loaded worker and the warm one", 60)
     workers = server.workers()
@@ -98,7 +99,7 @@ def test_closing_while_loading_leaves_no_worker(launch: Callable[..., Server]) -
 def test_two_loads_at_once_one_wins(launch: Callable[..., Server]) -> None:
     server = launch("--no-warm-worker")
     answers: list[tuple[int, dict[str, object]]] = []
-    threads = [threading.Thread(target=lambda: answers.append(server.load(NAME, bf16=True))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: answers.append(server.load(NAME, **QUICK_OPTIONS))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -111,7 +112,7 @@ def test_two_loads_at_once_one_wins(launch: Callable[..., Server]) -> None:
 
 def test_a_failed_load_brings_the_running_model_back(launch: Callable[..., Server]) -> None:
     server = launch("--no-warm-worker")
-    assert server.load(NAME, bf16=True)[0] == 200
+    assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
     before = server.info()
     status, body = server.load(NAME, attn_implementation="flash_attention_2")
     assert status >= 400, body

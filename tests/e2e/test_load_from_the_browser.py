@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import Server
+from tests.machine import QUICK_FLAGS
 
 NAME = "SmolLM2-135M-Instruct"
 LOAD_MS = 90_000
@@ -146,7 +147,7 @@ def test_what_does_not_apply_is_greyed_with_the_reason(
 
 
 def test_edit_regenerate_and_take_back(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
-    server = launch("--model", NAME, "--bf16", "--temperature", "0", "--max-new-tokens", "12")
+    server = launch("--model", NAME, *QUICK_FLAGS, "--temperature", "0", "--max-new-tokens", "12")
     server.wait_state("ready")
     page = open_page(server)
     ask(page, "Say hello.")
@@ -163,7 +164,7 @@ def test_edit_regenerate_and_take_back(launch: Callable[..., Server], open_page:
 
 
 def test_each_tab_has_its_own_conversation(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
-    server = launch("--model", NAME, "--bf16", "--max-new-tokens", "8")
+    server = launch("--model", NAME, *QUICK_FLAGS, "--max-new-tokens", "8")
     server.wait_state("ready")
     one, other = open_page(server), open_page(server)
     ask(one, "First tab here.")

@@ -12,6 +12,7 @@ from playwright.sync_api import Locator, Page, expect
 from tests import checkpoints, lora_files, loras
 from tests.e2e.conftest import Server, start_server
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, load, select_model
+from tests.machine import QUICK_FLAGS
 
 SMALL = "small"
 HERRING, LANTERN = "herring barrels", "copper lanterns"
@@ -27,7 +28,7 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     lora_files.write(home / "loras" / "little", {"model.layers.*.self_attn.q_proj": (128, 128)})
     shutil.copytree(loras.herring(), home / "loras" / "herring")
     shutil.copytree(loras.lantern(), home / "loras" / "lantern")
-    server = start_server(home, "--bf16", "--cpu", "--temperature", "0", "--max-new-tokens", "14")
+    server = start_server(home, *QUICK_FLAGS, "--cpu", "--temperature", "0", "--max-new-tokens", "14")
     yield server
     server.process.terminate()
     server.process.wait(15)

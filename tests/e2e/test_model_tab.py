@@ -140,7 +140,7 @@ def test_reload_starts_a_new_process_with_the_same_options(server: Server, open_
     load(page)
     before, first = server.info(), {worker.pid for worker in server.workers()}
     page.locator("#reload").click()
-    wait_until(lambda: bool(first - {worker.pid for worker in server.workers()}), 60)  # the one that held the model ends
+    wait_until(lambda: bool(first - {worker.pid for worker in server.workers()}), 60)  # that of the model
     wait_until(lambda: server.info()["state"] == "ready", 60)
     assert server.info()["options"] == before["options"]
     expect(page.locator("#card")).to_contain_text("Ready")

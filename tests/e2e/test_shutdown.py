@@ -12,6 +12,7 @@ from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import Server, wait_for
 from tests.e2e.test_load_from_the_browser import NAME, ask
+from tests.machine import QUICK_FLAGS
 
 ENDS_WITHIN_S = 5
 FAULTS = ("Traceback", "ERROR", "Exception")
@@ -33,7 +34,7 @@ def test_with_an_open_page(launch: Callable[..., Server], open_page: Callable[..
 
 
 def test_with_an_answer_on_its_way(launch: Callable[..., Server], open_page: Callable[..., Page]) -> None:
-    server = launch("--no-warm-worker", "--model", NAME, "--bf16", "--max-new-tokens", "2000")
+    server = launch("--no-warm-worker", "--model", NAME, *QUICK_FLAGS, "--max-new-tokens", "2000")
     server.wait_state("ready")
     page = open_page(server)
     ask(page, "Write a very long story.")

@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect
 from modules import packages
 from tests import checkpoints, loras
 from tests.e2e.conftest import Server, start_server, wait_for
+from tests.machine import BF16, QUICK_FLAGS
 
 NAME = "SmolLM2-135M-Instruct"
 HERRING = loras.ANSWERS["herring"]
@@ -26,7 +27,17 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
     (home / "models" / NAME).symlink_to(demo_model, target_is_directory=True)
-    flags = ("--bf16", "--cpu", "--ctx-size", "512", "--temperature", "0", "--max-new-tokens", "14", "--no-warm-worker")
+    flags = (
+        *QUICK_FLAGS,
+        "--cpu",
+        "--ctx-size",
+        "512",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "14",
+        "--no-warm-worker",
+    )
     server = start_server(home, *flags)
     assert server.load(NAME)[0] == 200
     yield server
@@ -205,7 +216,7 @@ def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_pag
     expect(page.locator("#perplexity-line")).to_contain_text(f"{NAME} on pasted text", timeout=TRAIN_MS)
     row = page.locator("#perplexity-table tbody tr").first
     expect(row).to_contain_text("128")
-    expect(row).to_contain_text("bfloat16")
+    expect(row).to_contain_text("bfloat16" if BF16 else "CPU only")
     page.locator("#perplexity-forget").click()
     expect(page.locator("#perplexity-table")).to_contain_text("Nothing measured yet")
 

@@ -14,6 +14,7 @@ from playwright.sync_api import Page
 
 from tests.e2e.conftest import ROOT, Server
 from tests.e2e.test_load_from_the_browser import NAME
+from tests.machine import QUICK_FLAGS
 
 ML_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -47,7 +48,7 @@ def test_page_list_and_load_bring_no_ml_package(home: Path) -> None:
 
 
 def test_the_running_server_maps_no_torch_library(launch: Callable[..., Server]) -> None:
-    server = launch("--model", NAME, "--bf16")
+    server = launch("--model", NAME, *QUICK_FLAGS)
     server.wait_state("ready")
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" not in maps
