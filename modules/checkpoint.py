@@ -27,6 +27,7 @@ _DTYPE_BITS: Mapping[str, int] = {
     "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+SETTINGS_FILES = ("config.json", "generation_config.json")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -72,6 +73,34 @@ def weight_files(path: Path, file_format: str) -> list[Path]:
     if file_format == "safetensors":
         _check_tensors_are_there(path / index, weight_map)
     return files
+
+
+def identity_of(path: Path, file_format: str) -> list[list[Any]]:
+    """What tells a model's files from others, without reading their weights: of each its name, bytes, mtime in ns and
+    the SHA-256 of what is small (settings, index, safetensors header). Raises as :func:`check_files` does."""
+    if file_format == "gguf":
+        return [_facts(path, path.parent, b"")]
+    weights = weight_files(path, file_format)
+    beside = sorted({*WEIGHT_FILES[file_format], *SETTINGS_FILES} - {file.name for file in weights})
+    settings = [path / name for name in beside if name.endswith(".json") and (path / name).is_file()]
+    headers = [_header(file) if file_format == "safetensors" else b"" for file in weights]
+    return [
+        *(_facts(file, path, header) for file, header in zip(weights, headers, strict=True)),
+        *(_facts(file, path, file.read_bytes()) for file in settings),
+    ]
+
+
+def _facts(file: Path, folder: Path, start: bytes) -> list[Any]:
+    stat = file.stat()
+    digest = hashlib.sha256(start).hexdigest() if start else ""
+    return [str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns, digest]
+
+
+def _header(file: Path) -> bytes:
+    """The header of a safetensors file, whose size check_files has found sane."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        return start + stream.read(int.from_bytes(start, "little"))
 
 
 def safe_name(folder: Path, source: str, name: object) -> str:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modules.access import login
+from modules.access import login, peers
 from modules.access.attempts import Attempts
 from modules.access.credentials import Credentials, Role, guessable, said_in
 from modules.access.hosts import Hosts, host_port, refusal
@@ -28,6 +28,7 @@ from modules.errors import (
     RequestTooSlow,
     TooManyAttempts,
 )
+from modules.service.asking import name_user
 from modules.service.traffic import seen_of
 
 MOST_BYTES = 32 * 2**20  # of a request's body
@@ -130,6 +131,7 @@ class AccessMiddleware:
                 return RedirectResponse(f"{self._subpath}/login", 303)
             raise
         seen_of(scope).role = role.value
+        name_user(scope, peers.user(_client(scope), headers))
         if role is Role.GUEST and not guest_may(method, path):
             raise AccessRefused(
                 f"{method} {path} is the administrator's.",

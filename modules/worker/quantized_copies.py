@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ import transformers
 from transformers import GenerationConfig
 
 from modules import copies
-from modules.checkpoint import WEIGHT_FILES, weight_files
+from modules.checkpoint import SETTINGS_FILES, identity_of
 from modules.errors import BrokenCheckpoint, LoadstoneError, OutOfMemory
 from modules.protocol import LoadOrder, Progress
 from modules.units import format_bytes
@@ -38,7 +37,6 @@ logger = logging.getLogger(__name__)
 _LAYOUT = 1  # raised when copies are written in another way
 _SPARE_BYTES = 1 << 30  # of free disk that a copy leaves, beside its own size
 _SHARD = "1GB"  # at most so much is gathered from a GPU at a time, and several files are checked at a time
-_SOURCE_SETTINGS = ("config.json", "generation_config.json")
 # The part of BitsAndBytesConfig that changes how layers compute and not what they hold.
 _NOT_IN_THE_WEIGHTS = ("bnb_4bit_compute_dtype",)
 
@@ -141,7 +139,7 @@ def identity(order: LoadOrder, kwargs: Mapping[str, Any], device: str) -> dict[s
     return {
         "layout": _LAYOUT,
         "source": str(Path(order.path).resolve()),
-        "files": _source_files(Path(order.path), order.file_format),
+        "files": identity_of(Path(order.path), order.file_format),
         "recipe": {**recipe, "dtype": str(kwargs["dtype"]), "device": device, "task": order.task},
         "versions": {
             "transformers": transformers.__version__,
@@ -149,31 +147,6 @@ def identity(order: LoadOrder, kwargs: Mapping[str, Any], device: str) -> dict[s
             "torch": str(torch.__version__),
         },
     }
-
-
-def _source_files(folder: Path, file_format: str) -> list[list[Any]]:
-    """Name, bytes, mtime in ns and the SHA-256 of what is small (settings, index, safetensors header) of each file."""
-    weights = weight_files(folder, file_format)
-    beside = {*WEIGHT_FILES[file_format], *_SOURCE_SETTINGS} - {file.name for file in weights}
-    facts = [_facts(file, folder, _header(file) if file_format == "safetensors" else b"") for file in weights]
-    return facts + [_facts(folder / n, folder, (folder / n).read_bytes()) for n in sorted(beside) if _there(folder / n)]
-
-
-def _there(file: Path) -> bool:
-    return file.is_file() and file.suffix == ".json"  # weights that are not taken do not count
-
-
-def _facts(file: Path, folder: Path, start: bytes) -> list[Any]:
-    stat = file.stat()
-    digest = hashlib.sha256(start).hexdigest() if start else ""
-    return [str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns, digest]
-
-
-def _header(file: Path) -> bytes:
-    """The header of a safetensors file, whose size check_files has found sane."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        return start + stream.read(int.from_bytes(start, "little"))
 
 
 def remove_stale(order: LoadOrder, place: Place) -> None:
@@ -254,7 +227,7 @@ def _write(model: Any, order: LoadOrder, place: Place) -> None:
         with _settings_untouched(model):
             # Names as the model has them: from_pretrained takes them too, and turning them back may not be defined.
             model.save_pretrained(str(aside), max_shard_size=_SHARD, save_original_format=False)
-        for name in _SOURCE_SETTINGS:
+        for name in SETTINGS_FILES:
             (aside / name).unlink(missing_ok=True)
             if (Path(order.path) / name).is_file():
                 shutil.copyfile(Path(order.path) / name, aside / name)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from modules import collector
+from modules.checkpoint import identity_of
 from modules.errors import DiskFull, LoadstoneError, NotTrainable, UserError
-from modules.protocol import Failed, LoadOrder, Progress, decode
+from modules.protocol import Failed, Progress, decode
 from modules.training import runs
 from modules.training.messages import TrainCommand, TrainOrder
 from modules.worker import process
@@ -36,7 +36,7 @@ def _typed(error: Exception, order: TrainOrder) -> LoadstoneError:
 def check_base(order: TrainOrder) -> None:
     """Note the base model's files where the training begins. Raises NotTrainable where it goes on with others."""
     folder = Path(order.folder)
-    now, before = _base(order.load), runs.read_base(folder)
+    now, before = identity_of(Path(order.load.path), order.load.file_format), runs.read_base(folder)
     if before is None or not runs.checkpoints(folder):
         runs.write_base(folder, now)
     elif now != before:
@@ -45,14 +45,6 @@ def check_base(order: TrainOrder) -> None:
             f"{order.load.name} has changed since the training of {order.name} began: {', '.join(names)}.",
             "Bring the former files back, their times included, to go on; or delete the training and start it anew.",
         )
-
-
-def _base(order: LoadOrder) -> list[Any]:
-    """The model's files, told from others as for quantized copies: name, bytes, mtime in ns, a hash of headers."""
-    from modules.worker.quantized_copies import _facts, _source_files
-
-    path = Path(order.path)
-    return [_facts(path, path.parent, b"")] if order.file_format == "gguf" else _source_files(path, order.file_format)
 
 
 def obey(stdin: int, control: Control) -> None:

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request
 
 from modules.api.openai.bodies import EmbeddingBody
 from modules.api.openai.reaching import disconnected, reached
-from modules.api.openai.running import Lane, user_of
+from modules.api.openai.running import Lane
 from modules.embeddings import Input
 from modules.errors import Cancelled, LoadstoneError, OptionError, UnsupportedParameter
 from modules.service import Service
+from modules.service.asking import user_of
 from modules.service.embedding import Embedder, Vectors
 from modules.service.traffic import seen_of
 
@@ -36,7 +37,7 @@ def router(service: Service, lane: Lane) -> APIRouter:
         if body.dimensions is not None:
             raise UnsupportedParameter("dimensions: vectors have the model's own size.")
         inputs = _inputs(body)
-        seen, user = seen_of(request.scope), user_of(request)
+        seen, user = seen_of(request.scope), user_of(request.scope)
         async with reached(service, body.model, body.keep_alive, request) as target:
             seen.model = target.use.name
             lane.enter(user, 1)

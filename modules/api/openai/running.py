@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 
-from modules.access import peers
 from modules.api.openai.reaching import disconnected
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service, Stop
+from modules.service.asking import user_of
 from modules.service.traffic import seen_of
 from modules.supervisor import Use
 
@@ -73,7 +73,7 @@ class Running:
         self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request, use: Use,
         choices_a_prompt: int = 1,
     ) -> None:  # fmt: skip
-        self._user = user_of(request)
+        self._user = user_of(request.scope)
         lane.enter(self._user, len(orders))
         self._lane = lane
         self._loop = asyncio.get_running_loop()
@@ -145,11 +145,6 @@ class Running:
             self._seen.completion_tokens += chunk.completion_tokens
         elif isinstance(chunk, LoadstoneError):
             self._seen.kind = chunk.kind
-
-
-def user_of(request: Request) -> str:
-    """Who shares a turn where many wait, and the places for those who do."""
-    return peers.user(request.client.host if request.client else "", request.headers)
 
 
 @dataclass

@@ -1,0 +1,18 @@
+"""Whose a request is: found out where it is let in, of interest where answers wait for their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+_USER = "loadstone.user"
+
+
+def name_user(scope: MutableMapping[str, Any], user: str) -> None:
+    """Write down in the request's ASGI scope what stands for its user."""
+    scope[_USER] = user
+
+
+def user_of(scope: Mapping[str, Any]) -> str:
+    """What stands for the user; "" where nobody has written it down: all are one then."""
+    return str(scope.get(_USER, ""))
