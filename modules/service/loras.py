@@ -14,6 +14,7 @@ from modules.planner.adapters import Adapters
 from modules.planner.lora_fit import LoraFit, lora_bytes, lora_fit
 from modules.protocol import AdapterChoice, AdaptersReport, MergeOrder
 from modules.service.merging import Merger
+from modules.service.names import folder_name
 from modules.supervisor import Loaded, Supervisor
 
 LORA = LOAD_OPTIONS["lora"]
@@ -166,9 +167,7 @@ class Loras:
         return order
 
     def _new_folder(self, name: str) -> Path:
-        plain = name.strip()
-        if not plain or plain.startswith(".") or "\0" in plain or plain != Path(plain).name or "\\" in plain:
-            raise OptionError(f"{name!r} cannot be the name of a model.", "Give a name without slashes.")
+        plain = folder_name(name, "model")
         folder = self._models_dir / plain
         if folder.exists():
             raise OptionError(f"There is a model {plain} already.", "Choose another name.")

@@ -12,7 +12,7 @@ from modules.options import GenerationOptions
 from modules.protocol import ChatMessages, CountOrder, GenerateOrder, Shape, Task
 from modules.worker.parts import reasoning_marks
 from modules.worker.templates import LIMIT_S, bounded
-from modules.worker.tokenizing import MOST_TEXT_BYTES, ids_within, last_ids, most_characters, refuse_large, size_bytes
+from modules.worker.tokenizing import MOST_TEXT_BYTES, ids_within, last_ids, refuse_large, size_bytes, too_many
 from modules.worker.tools import tool_format
 
 _LEAST_ROOM = 16  # tokens of answer without which a prompt counts as too long
@@ -69,7 +69,7 @@ class Prompter:
     def _whole_chat(self, order: GenerateOrder) -> Prompt:
         limit = self._limit()
         prompt = None
-        if sum(_characters(order.messages, self._marks())) <= most_characters(self.tokenizer, limit):
+        if not too_many(self.tokenizer, sum(_characters(order.messages, self._marks())), limit):
             prompt = self._encoded(order, order.messages, limit)
         if prompt is None or len(prompt.ids) > limit:
             raise self._too_long("conversation", prompt.ids if prompt else None, _length(order.messages))
@@ -156,7 +156,7 @@ class Prompter:
             return self._encoded(order, messages, most)
 
         prompt = None
-        if characters <= most_characters(self.tokenizer, most):
+        if not too_many(self.tokenizer, characters, most):
             prompt = _first_that_fits(from_turn, range(first, len(starts)), self.ctx_tokens - self._room(wanted))
         if prompt is None or len(prompt.ids) > most:
             length = _length(_rest(order.messages)[starts[-1] :])
@@ -170,12 +170,11 @@ class Prompter:
     def _first_turn(self, messages: ChatMessages, starts: list[int], most: int) -> tuple[int, int]:
         """The first turn with which the messages may have ``most`` tokens, or the last; and how many characters they
         have with it at least."""
-        limit = most_characters(self.tokenizer, most)
         system = sum(_characters(_system(messages), None))
         sizes = _characters(_rest(messages), self._marks())
         behind = system + sum(sizes)
         for turn, (start, end) in enumerate(pairwise([*starts, len(sizes)])):
-            if behind <= limit or turn == len(starts) - 1:
+            if not too_many(self.tokenizer, behind, most) or turn == len(starts) - 1:
                 return turn, behind
             behind -= sum(sizes[start:end])
         return 0, behind

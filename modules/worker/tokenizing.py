@@ -32,12 +32,17 @@ def most_characters(tokenizer: Any, tokens: int) -> int:
     return max(_NEVER_MANY, (tokens + 1) * longest_token(tokenizer) * _NORMALIZED)
 
 
+def too_many(tokenizer: Any, characters: int, tokens: int) -> bool:
+    """Whether a text of so many characters has more than ``tokens`` tokens for sure."""
+    return characters > _NEVER_MANY and characters > most_characters(tokenizer, tokens)
+
+
 def ids_within(tokenizer: Any, encode: Encode, text: str, most: int) -> list[int] | None:
     """What ``encode`` makes of ``text``; None where its front alone, or its length, tells of more than ``most`` ids.
 
     What is only a little longer is tokenized whole, so that there may be more than ``most`` ids.
     """
-    if len(text) > most_characters(tokenizer, most):
+    if too_many(tokenizer, len(text), most):
         return None
     if any(len(encode(text[:part])) > _surely(most) for part in _parts(len(text), most)):
         return None
@@ -50,7 +55,8 @@ def last_ids(tokenizer: Any, encode: Encode, text: str, most: int) -> list[int]:
     A special token that begins the text stays its beginning.
     """
     begin = tokenizer.bos_token if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else ""
-    text = text[-most_characters(tokenizer, most) :] if len(text) > most_characters(tokenizer, most) else text
+    if too_many(tokenizer, len(text), most):
+        text = text[-most_characters(tokenizer, most) :]
     for part in _parts(len(text), most):
         ids = encode(begin + text[-part:])
         if len(ids) > _surely(most):

@@ -103,7 +103,7 @@ def test_start_watch_the_curve_stop_apply_and_compare(server: Server, open_page:
     set_options(page, rank=8, learning_rate=0.005, batch_size=2, cutoff=64, evaluation_share=0, max_steps=200)
     page.locator("#training-start").click()
     expect(page.locator("#training-line .error")).to_be_visible()  # it has no name yet
-    expect(page.locator("#training-line .error")).to_contain_text("cannot be the name of a LoRA")
+    expect(page.locator("#training-line .error")).to_contain_text("The LoRA has no name yet")
     page.locator("#training-name").locator("input, textarea").fill("barrels")
     page.locator("#training-start").click()
     card = page.locator("#training-card")

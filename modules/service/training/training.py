@@ -26,6 +26,7 @@ from modules.options import TrainingOptions, training_options
 from modules.planner import from_facts
 from modules.planner.training import missing_targets
 from modules.protocol import LoadOrder, decode
+from modules.service.names import folder_name
 from modules.service.training.estimating import Pace, estimate
 from modules.service.training.job import Room, TrainJob
 from modules.service.training.state import Data, Estimate, Run, TrainState
@@ -173,9 +174,7 @@ class Training:
     def _new_folders(self, name: str) -> tuple[Path, Path]:
         """The run's and the LoRA's. Raises OptionError for a name that cannot be one, NameTaken, and Busy where another
         process is at that training."""
-        plain = name.strip()
-        if not plain or plain.startswith(".") or "\0" in plain or plain != Path(plain).name or "\\" in plain:
-            raise OptionError(f"{name!r} cannot be the name of a LoRA.", "Give a name without slashes.")
+        plain = folder_name(name, "LoRA")
         if ":" in plain:
             raise OptionError(f"{name!r} cannot be the name of a LoRA: behind a colon stands its weight.")
         out, folder = self._loras_dir / plain, self._runs_dir / plain
