@@ -18,7 +18,7 @@ from modules.service import Service
 from modules.service.training import Data, Phase, Training, TrainState
 from modules.settings import read_values
 from modules.training.messages import TrainOrder
-from modules.units import format_bytes, format_seconds
+from modules.units import counted, format_bytes, format_seconds
 
 HERE = Path(__file__).resolve().parent.parent
 _POLL_S = 1.0
@@ -101,7 +101,7 @@ def download(service: Service, text: str, pattern: str = "") -> int:
     offer = service.downloads.look(text, pattern)
     for note in offer.notes:
         say(f"note: {note}")
-    say(f"{offer.repository.name}: {len(offer.order.files)} files, {format_bytes(offer.order.size_bytes)}")
+    say(f"{offer.repository.name}: {counted(len(offer.order.files), 'file')}, {format_bytes(offer.order.size_bytes)}")
     if left_out := len(offer.choice.left_out):
         say(f"{left_out} further files are left out; --file '*' takes all.")
     job = service.downloads.begin(offer)

@@ -20,6 +20,11 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: int, thing: str) -> str:
+    """``1 step``, ``2,000 steps``."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def format_tokens(count: int) -> str:
     """``8k`` for 8,192: contexts are powers of two more often than not."""
     if count >= 1024 and count % 1024 == 0:

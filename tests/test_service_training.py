@@ -238,7 +238,7 @@ def test_the_model_makes_room_after_a_yes_and_comes_back(
     stop = Stop()
     answer = loaded.generate({"max_new_tokens": 200, "temperature": 0}, prompt="the", stop=stop)
     next(answer)
-    with pytest.raises(Busy, match="answers are being made"):
+    with pytest.raises(Busy, match="it is answering"):
         loaded.training.start("roomy", data, QUICK, unload=True)
     stop.set()
     assert list(answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modules.units import format_bytes, format_count, format_seconds, format_tokens
+from modules.units import counted, format_bytes, format_count, format_seconds, format_tokens
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,12 @@ from modules.units import format_bytes, format_count, format_seconds, format_tok
 )
 def test_words(words: str, expected: str) -> None:
     assert words == expected
+
+
+def test_one_thing_is_one() -> None:
+    assert [counted(count, "step") for count in (0, 1, 2, 1000)] == [
+        "0 steps",
+        "1 step",
+        "2 steps",
+        "1,000 steps",
+    ]

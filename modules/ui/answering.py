@@ -16,6 +16,7 @@ from modules.service import Service, Stop
 from modules.supervisor import Snapshot
 from modules.ui.common import small, warn
 from modules.ui.live import Live, LiveAnswers
+from modules.units import counted
 
 RENDER_S = 2  # between two renderings of the Markdown; live.js shows the text that comes meanwhile
 CHAT, COMPLETION = "Chat", "Completion"
@@ -191,5 +192,5 @@ def done_in_words(done: Done | None, snapshot: Snapshot) -> str:
         parts.append(f"context {used:,} of {snapshot.loaded.order.ctx_tokens:,}")
         parts.append(f"first token after {done.first_token_seconds:.1f} s")
     if done.dropped_messages:
-        parts.append(f"the oldest {done.dropped_messages} messages did not fit and were left out")
+        parts.append(f"of the oldest, {counted(done.dropped_messages, 'message')} did not fit")
     return " · ".join(parts)

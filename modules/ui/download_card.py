@@ -15,7 +15,7 @@ from modules.service import Service
 from modules.service.downloads import Offer, Result
 from modules.ui.cards import error_box
 from modules.ui.common import small, table
-from modules.units import format_bytes, format_count
+from modules.units import counted, format_bytes, format_count
 
 SLOTS = 5  # downloads that are shown at once
 
@@ -161,7 +161,7 @@ def offer_html(offer: Offer, verdict: str = "", left_out: Mapping[str, str] | No
     here = f", {format_bytes(offer.here_bytes)} of them here already" if offer.here_bytes else ""
     kind = "LoRA" if offer.choice.kind == "lora" else "model"
     rows = [
-        ("Fetches", f"{len(wanted)} files, {total}{here}" if wanted else ""),
+        ("Fetches", f"{counted(len(wanted), 'file')}, {total}{here}" if wanted else ""),
         ("Goes to", f"{'loras' if kind == 'LoRA' else 'models'}/{offer.order.name}" if wanted else ""),
         ("Free", f"{format_bytes(offer.free_bytes)} on the disk"),
         ("Licence", offer.repository.licence),

@@ -15,7 +15,7 @@ from modules.training.messages import Preview, PreviewExample, PreviewToken, Tra
 from modules.ui.cards import error_box
 from modules.ui.common import MOVING_BAR, bar, small, table
 from modules.ui.curve import curve
-from modules.units import format_bytes, format_count, format_seconds
+from modules.units import counted, format_bytes, format_count, format_seconds
 
 _PHASES = {
     Phase.NONE: ("idle", "No training yet"),
@@ -47,17 +47,13 @@ def preview_card(preview: Preview) -> str:
 
 
 def _counts(preview: Preview) -> str:
-    of = (
-        f"the first {preview.counted:,} of {preview.total:,}"
-        if preview.counted < preview.total
-        else f"{preview.total:,}"
-    )
+    part = f"the first {preview.counted:,} of " if preview.counted < preview.total else ""
     share = 100 * preview.learned_tokens / preview.tokens if preview.tokens else 0
     parts = [
-        f"{of} examples of {_FORMATS.get(preview.data_format, preview.data_format)}",
+        f"{part}{counted(preview.total, 'example')} of {_FORMATS.get(preview.data_format, preview.data_format)}",
         f"{preview.tokens:,} tokens, {preview.learned_tokens:,} of them learned ({share:.0f} %)",
         f"the longest has {preview.longest:,}",
-        f"{preview.steps:,} steps" if preview.steps else "",
+        counted(preview.steps, "step") if preview.steps else "",
     ]
     return " · ".join(part for part in parts if part)
 
@@ -182,7 +178,7 @@ def _result(trained: Trained) -> str:
         ("Kept", f"the LoRA{early}, {format_bytes(trained.size_bytes)} in loras/{Path(trained.path).name}"),
         ("Loss", f"{trained.loss:.3f} at the end of training"),
         ("Evaluation", f"{trained.evaluation_loss:.3f}" if trained.evaluation_loss is not None else ""),
-        ("Took", f"{trained.steps:,} steps in {format_seconds(trained.seconds)}, "
+        ("Took", f"{counted(trained.steps, 'step')} in {format_seconds(trained.seconds)}, "
                  f"{trained.tokens_per_second:,.0f} tokens/s, {format_bytes(trained.peak_bytes)} of memory at most"),
     ]  # fmt: skip
     return table(rows) + _notes(trained.notes)

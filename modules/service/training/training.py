@@ -215,8 +215,8 @@ class Training:
         snapshot = self._front().snapshot()
         if snapshot.generating:
             raise Busy(
-                f"{made.ends_first} has to make room, and {snapshot.generating} answers are being made.",
-                "Wait for them to end, or stop them.",
+                f"{made.ends_first} has to make room, and it is answering.",
+                "Wait for the answers to end, or stop them.",
             )
         if not unload:
             raise MustUnload(
