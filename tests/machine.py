@@ -16,5 +16,6 @@ def _quick_in_bf16() -> bool:
 
 # How to load a real model where the dtype is of no matter: half the memory, or 50 times as quick.
 BF16 = _quick_in_bf16()
+DTYPE = "bfloat16" if BF16 else "float32"
 QUICK_OPTIONS: dict[str, bool] = {"bf16": True} if BF16 else {}
 QUICK_FLAGS: tuple[str, ...] = ("--bf16",) if BF16 else ()

@@ -7,6 +7,7 @@ import platform
 import sys
 
 from tests.benchmarks.common import Row
+from tests.machine import DTYPE
 
 NAMES = (
     "start",
@@ -33,7 +34,7 @@ def main() -> int:
     for name in chosen:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
         table += importlib.import_module(f"tests.benchmarks.{name}").rows()
-    print(f"Python {platform.python_version()}, {platform.machine()}\n")
+    print(f"Python {platform.python_version()}, {platform.machine()}; {DTYPE} where it is of no matter\n")
     print("| what | Loadstone | bare | ratio | aim |\n|---|---|---|---|---|")
     for row in table:
         print(f"| {row.what} | {row.ours} | {row.bare} | {row.ratio} | {row.goal} |")

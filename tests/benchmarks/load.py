@@ -16,13 +16,14 @@ from tests.benchmarks.common import (
     server_command,
     started,
 )
+from tests.machine import DTYPE, QUICK_OPTIONS
 
-BARE = """
+BARE = f"""
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="{DTYPE}")
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-print(json.dumps({"parameters": model.num_parameters()}))
+print(json.dumps({{"parameters": model.num_parameters()}}))
 """
 WARM_S = 60
 
@@ -34,7 +35,7 @@ def rows(runs: int = 5) -> list[Row]:
         def ours() -> float:
             _wait_warm(port)
             begun = time.perf_counter()
-            call(port, "/v1/internal/model/load", {"model_name": NAME, "args": {"bf16": True}})
+            call(port, "/v1/internal/model/load", {"model_name": NAME, "args": QUICK_OPTIONS})
             seconds = time.perf_counter() - begun
             call(port, "/v1/internal/model/unload", {})
             return seconds

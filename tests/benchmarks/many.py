@@ -12,6 +12,7 @@ from typing import Any
 
 from modules.demo import DEMO_MODEL as NAME
 from tests.benchmarks.common import FIXTURES, Row, call, free_port, ratio_row, server_command, started
+from tests.machine import DTYPE, QUICK_FLAGS
 
 CLIENTS, TOKENS = 16, 64
 FIRST_TOKENS = 15  # how often the time to the first token is measured
@@ -35,11 +36,10 @@ class Bare:
     """The same by transformers alone, in this process."""
 
     def __init__(self) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = str(FIXTURES / "models" / NAME)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._times: list[float] = []
 
@@ -111,7 +111,7 @@ def one_after_another(bare: Bare) -> tuple[float, float]:
 
 def rows(runs: int = 2) -> list[Row]:
     bare, port = Bare(), free_port()
-    flags = ["--model", NAME, "--bf16", "--no-warm-worker"]
+    flags = ["--model", NAME, *QUICK_FLAGS, "--no-warm-worker"]
     with started(server_command(port, *flags), port):
         while call(port, "/v1/internal/model/status")["state"] != "ready":
             time.sleep(0.2)

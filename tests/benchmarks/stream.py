@@ -10,6 +10,7 @@ from modules.demo import DEMO_MODEL as NAME
 from tests.benchmarks.common import Row, call, free_port, medians, ratio_row, server_command, started
 from tests.benchmarks.many import Bare, ask
 from tests.browser import chromium_page
+from tests.machine import QUICK_FLAGS
 
 TOKENS = 256
 PROMPT = "Write a long story about a lighthouse keeper and the sea."
@@ -23,7 +24,7 @@ def rows(runs: int = 5) -> list[Row]:
     Bare and ours take turns, so that a slow spell of the machine hits both.
     """
     bare, port = Bare(), free_port()
-    flags = ["--model", NAME, "--bf16", "--temperature", "0", "--max-new-tokens", str(TOKENS), "--no-warm-worker"]
+    flags = ["--model", NAME, *QUICK_FLAGS, "--temperature", "0", "--max-new-tokens", str(TOKENS), "--no-warm-worker"]
     with started(server_command(port, *flags), port):
         while call(port, "/v1/internal/model/status")["state"] != "ready":
             time.sleep(0.2)
