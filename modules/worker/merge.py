@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from modules.checkpoint import read_json, weight_files
-from modules.errors import AdapterError, DiskFull, LoadstoneError, OptionError, UserError, WrongResult
+from modules.errors import AdapterError, DiskFull, LoadstoneError, OptionError, WrongResult
 from modules.options import LoadOptions
-from modules.protocol import Failed, LoadOrder, Merged, MergeOrder, Progress, decode
+from modules.protocol import Failed, LoadOrder, Merged, MergeOrder, Progress
 from modules.units import format_bytes
 from modules.worker import process
 
@@ -274,12 +274,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _ended)
     process.set_environment()
     process.offer_to_oom_killer()
-    try:
-        order = decode(process.read_line(stdin))
-        if not isinstance(order, MergeOrder):
-            raise UserError("This is no MergeOrder.")
-    except (ValueError, TypeError, KeyError, UserError) as error:
-        print(f"A merge is started by the web process, which says what to merge: {error}", file=sys.stderr)
+    order = process.read_order(stdin, MergeOrder)
+    if order is None:
         return 2
     process.end_with(stdin)
     try:

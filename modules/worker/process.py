@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modules import collector
-from modules.protocol import HEAP_LIMIT_BYTES, encode
+from modules.errors import UserError
+from modules.protocol import HEAP_LIMIT_BYTES, decode, encode
+
+T = TypeVar("T")
 
 # Defaults only: what the supervisor, or the user, has set is kept.
 ENVIRONMENT = {
@@ -85,6 +88,19 @@ def claim_stdin() -> int:
 def read_line(fd: int) -> bytes:
     """The next line of ``fd`` without its newline; shorter where the pipe ends. Never reads beyond the line."""
     return b"".join(iter(lambda: _byte_of_line(fd), b""))
+
+
+def read_order(fd: int, kind: type[T]) -> T | None:
+    """The order in the next line; None, with a word on stderr, where there is none: a person has started this."""
+    try:
+        order = decode(read_line(fd))
+    except (ValueError, TypeError, KeyError, UserError) as error:
+        print(f"The web process starts this, and says what to do: {error}", file=sys.stderr)
+        return None
+    if isinstance(order, kind):
+        return order
+    print(f"The web process starts this, and says what to do: this is no {kind.__name__}.", file=sys.stderr)
+    return None
 
 
 def _byte_of_line(fd: int) -> bytes:

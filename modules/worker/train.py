@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modules import collector
 from modules.checkpoint import identity_of
-from modules.errors import DiskFull, LoadstoneError, NotTrainable, UserError
+from modules.errors import DiskFull, LoadstoneError, NotTrainable
 from modules.protocol import Failed, Progress, decode
 from modules.training import runs
 from modules.training.messages import TrainCommand, TrainOrder
@@ -67,12 +67,8 @@ def main() -> int:
     process.take_signals()
     process.set_environment()
     process.offer_to_oom_killer()
-    try:
-        order = decode(process.read_line(stdin))
-        if not isinstance(order, TrainOrder):
-            raise UserError("This is no TrainOrder.")
-    except (ValueError, TypeError, KeyError, UserError) as error:
-        print(f"A training is started by the web process, which says what to learn: {error}", file=sys.stderr)
+    order = process.read_order(stdin, TrainOrder)
+    if order is None:
         return 2
     emit(Progress("starting"))
     control = Control()
