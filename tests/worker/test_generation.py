@@ -18,6 +18,7 @@ from modules.errors import LoadFailed, OutOfMemory, RequestTooLong
 from modules.options import GenerationOptions
 from modules.protocol import ChatMessages, Chunk, Done, Failed, GenerateOrder, LoadOrder, Piece, Shape
 from modules.worker.generation import generate
+from tests.machine import DTYPE
 
 QUESTION: ChatMessages = ({"role": "user", "content": "Name three colours, and say what each is like."},)
 
@@ -33,7 +34,7 @@ class LoadedHere:
 
 @pytest.fixture(scope="module")
 def _loaded(demo_model: Path, demo_order: LoadOrder) -> LoadedHere:
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=DTYPE)
     return LoadedHere(model, AutoTokenizer.from_pretrained(demo_model), demo_order)
 
 
