@@ -28,7 +28,7 @@ def weights_dtype(
         if prequantized:
             return (stored if stored in DTYPE_BYTES else "bfloat16"), ()
         if options.load_in_4bit or options.load_in_8bit:
-            return "bfloat16", _without_gpu(options)
+            return ("bfloat16" if cpu_bf16 else "float32"), _without_gpu(options)
         if options.bf16:
             return "bfloat16", _without_gpu(options) if cpu_bf16 else (*_without_gpu(options), _SLOW_BF16)
         slower = "" if cpu_bf16 else ", and is many times slower on this processor"

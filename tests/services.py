@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules import flags
-from modules.devices import Machine
+from modules.devices import Machine, cpu_bf16
 from modules.library import Library
 from modules.library.loras import LoraLibrary
 from modules.options import ServerOptions
@@ -18,7 +18,9 @@ from modules.settings import CodeApprovals, Settings
 from modules.supervisor import Loaded, Supervisor
 from tests.conftest import wait_until
 
-MACHINE = Machine(gpus=(), ram_total_bytes=16 * 2**30, ram_free_bytes=12 * 2**30, disk_free_bytes=2**40)
+MACHINE = Machine(
+    gpus=(), ram_total_bytes=16 * 2**30, ram_free_bytes=12 * 2**30, disk_free_bytes=2**40, cpu_bf16=cpu_bf16()
+)
 Make = Callable[..., Service]
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from modules import packages
-from modules.devices import Gpu, Machine
+from modules.devices import Gpu, Machine, cpu_bf16
 from modules.library import Library
 from modules.options import LoadOptions
 from modules.planner import Checkpoint, Plan, plan, read_checkpoint
@@ -24,7 +24,7 @@ from modules.worker import report
 from tests import checkpoints, planner_checkpoints
 
 GIB = 2**30
-CPU = Machine((), 64 * GIB, 64 * GIB, 500 * GIB)
+CPU = Machine((), 64 * GIB, 64 * GIB, 500 * GIB, cpu_bf16())
 ONE_GPU = Machine((Gpu(0, "simulated", "0", 24 * GIB, 24 * GIB),), 64 * GIB, 64 * GIB, 500 * GIB)
 # On a GPU these checkpoints, bfloat16, stay so; a checkpoint in float32 becomes float16 there: see `stored`.
 FORMATS: Mapping[str, tuple[LoadOptions, Machine, str]] = {

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modules.devices import Machine
+from modules.devices import Machine, cpu_bf16
 from modules.options import LoadOptions
 from modules.planner import DEFAULT, Checkpoint, plan, read_checkpoint
 from modules.planner.learning import Measurement, calibrated, correction, expected, kind_of
 from tests import planner_checkpoints
 
 MIB = 2**20
-MACHINE = Machine((), 64 * 2**30, 64 * 2**30, 2**40)
+MACHINE = Machine((), 64 * 2**30, 64 * 2**30, 2**40, cpu_bf16())
 OPTIONS = LoadOptions()
 SIZES = st.integers(100 * MIB, 100_000 * MIB)
 

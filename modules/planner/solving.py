@@ -113,7 +113,7 @@ def solve(question: Question) -> Answer:
     checkpoint, options, calibration = question.checkpoint, question.options, question.calibration
     layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = 0 if options.cpu else len(question.machine.gpus)
-    precision = precision_for(checkpoint, options, gpus)
+    precision = precision_for(checkpoint, options, gpus, question.machine.cpu_bf16)
     kept = kept_tokens(options, question.ctx_tokens)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options)
     if not gpus:

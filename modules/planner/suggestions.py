@@ -42,8 +42,8 @@ def _in_order(question: Question, freed: Machine | None) -> Iterator[Suggestion]
         yield Suggestion("Unload the running model first: it is in the way, and can be loaded again.", unload=True)
     yield from _wider(question)
     if _can(question, bf16=True) and solve(question).precision.dtype == "float32":
-        yield from _one(question, "Hold the weights as bfloat16: half the memory of float32, no loss to speak of.",
-                        bf16=True)  # fmt: skip
+        cost = "no loss to speak of" if question.machine.cpu_bf16 else "but many times slower on this processor"
+        yield from _one(question, f"Hold the weights as bfloat16: half the memory of float32, {cost}.", bf16=True)
     shorter = _shorter_context(question)
     if shorter and shorter >= _USEFUL_CONTEXT:
         yield _context(question, shorter)

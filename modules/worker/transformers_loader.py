@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from modules import precision
 from modules.checkpoint import check_files, code_hashes, read_json, safetensors_header, weight_files
+from modules.devices import cpu_bf16
 from modules.errors import (
     BrokenCheckpoint,
     CustomCodeRefused,
@@ -246,16 +246,10 @@ def device_facts() -> DeviceFacts:
     """This machine, as torch sees it now."""
     ram = int(psutil.virtual_memory().available)
     if not torch.cuda.is_available():
-        return DeviceFacts(cpu_bf16=_cpu_bf16(), ram_free_bytes=ram)
+        return DeviceFacts(cpu_bf16=cpu_bf16(), ram_free_bytes=ram)
     free = tuple(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
     gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return DeviceFacts(free, gpu_bf16, _cpu_bf16(), ram)
-
-
-def _cpu_bf16() -> bool:
-    """oneDNN, by which torch multiplies in bfloat16 on x86, wants AVX-512; on others it is taken to be there."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not x86 or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return DeviceFacts(free, gpu_bf16, cpu_bf16(), ram)
 
 
 def _usual_stage(order: LoadOrder) -> str:

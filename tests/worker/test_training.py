@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from modules.devices import cpu_bf16
 from modules.errors import BrokenData, DiskFull, NameTaken, OptionError, TrainingDiverged
 from modules.library.loras import Lora, read_lora
 from modules.training import runs
@@ -59,7 +60,7 @@ def gptq() -> Path:
 @pytest.mark.parametrize(
     ("model", "how"),
     [
-        (None, {"bf16": True}),
+        (None, {"bf16": cpu_bf16()}),
         (None, {"load_in_8bit": True, "quantized_cache": True}),
         (None, {"load_in_4bit": True, "use_double_quant": True, "quantized_cache": True}),
         (gptq, {"disable_exllama": True, "quantization": "gptq"}),

@@ -115,6 +115,7 @@ def test_a_processor_without_bfloat16_says_how_slow_it_is() -> None:
     for cpu in (False, True):
         dtype, note = dtype_for(old, "bfloat16", cpu=cpu, bf16=True)
         assert (dtype, "no instructions for bfloat16" in note) == (torch.bfloat16, True)
+        assert dtype_for(old, "bfloat16", cpu=cpu, load_in_4bit=True)[0] == torch.float32
     assert dtype_for(GPU, "bfloat16", cpu=True) == (torch.float32, "")
 
 
