@@ -54,6 +54,8 @@ def answer(one: Adapted) -> str:
 
 def gptq() -> Path:
     pytest.importorskip("gptqmodel")
+    if not cpu_bf16():
+        pytest.skip("a step of a GPTQ model, which computes in bfloat16, takes minutes on this processor")
     return loras.demo_gptq()
 
 
