@@ -76,8 +76,8 @@ def measure(folder: Path) -> Machine:
 def cpu_bf16() -> bool:
     """Whether the processor computes in bfloat16 about as quickly as in float32.
 
-    oneDNN, by which torch multiplies, wants AVX-512 for it on x86; without, a product takes 50 times as long (torch
-    2.13). Where the processor does not tell, it is taken to.
+    oneDNN, by which torch multiplies, wants AVX-512 for it on x86; without, a product of 1024² takes a hundred times as
+    long (torch 2.13). Where the processor does not tell, it is taken to.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True

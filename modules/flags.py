@@ -121,11 +121,7 @@ def _add(group: argparse._ArgumentGroup, spec: Spec) -> None:
     spellings, text = _spellings(spec), _help(spec)
     if spec.kind == "flag":
         off = _both_ways(f"--no{'_' if '_' in spec.flag else '-'}{spec.flag[2:]}")
-        on_help, off_help = (
-            (argparse.SUPPRESS, f"Turns off: {spec.help}".replace("%", "%%"))
-            if spec.default
-            else (text, argparse.SUPPRESS)
-        )
+        on_help, off_help = (argparse.SUPPRESS, text) if spec.default else (text, argparse.SUPPRESS)
         group.add_argument(*spellings, dest=spec.name, action="store_true", help=on_help)
         group.add_argument(*off, dest=spec.name, action="store_false", help=off_help)
         return
@@ -142,7 +138,8 @@ def _metavar(spec: Spec) -> str:
 
 
 def _help(spec: Spec) -> str:
-    default = spec.default_help or (
-        "on" if spec.default is True else "" if spec.default in (False, "", ()) else spec.default
-    )
+    """Of what is on by itself, the flag that is shown turns it off."""
+    if spec.default is True:
+        return f"Turns off: {spec.help}".replace("%", "%%")
+    default = spec.default_help or ("" if spec.default in (False, "", ()) else spec.default)
     return f"{spec.help}{f' (default: {default})' if default != '' else ''}".replace("%", "%%")

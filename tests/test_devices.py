@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,3 +193,23 @@ def test_a_real_gpu(tmp_path: Path) -> None:
         assert 0 <= gpu.free_bytes <= gpu.total_bytes
         assert gpu.total_bytes > GIB
     assert [gpu.pci for gpu in gpus] == sorted(gpu.pci for gpu in gpus) or "CUDA_VISIBLE_DEVICES" in os.environ
+
+
+@pytest.mark.parametrize(
+    ("machine", "told", "expected"),
+    [
+        ("x86_64", "flags : fma avx2 avx512f avx512dq avx512bw avx512vl avx512_bf16", True),
+        ("AMD64", "flags : fma avx avx2 f16c", False),
+        ("x86_64", "flags : fma avx2 avx512f", False),
+        ("x86_64", None, True),
+        ("aarch64", "Features : fp asimd", True),
+    ],
+)
+def test_whether_the_processor_computes_in_bfloat16(
+    machine: str, told: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if told is not None:
+        (tmp_path / "cpuinfo").write_text(told)
+    monkeypatch.setattr(devices, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert devices.cpu_bf16.__wrapped__() is expected

@@ -26,9 +26,6 @@ class Stop:
         for answer in answers:
             answer.stop()
 
-    def is_set(self) -> bool:
-        return self._set
-
     @contextmanager
     def ending(self, answer: Answer) -> Iterator[Answer]:
         """While the block reads ``answer``, it can be stopped; afterwards it is closed."""

@@ -37,7 +37,7 @@ _IN_ORDER: dict[str, Any] = {"concurrency_id": "form", "concurrency_limit": 1, *
 
 
 def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
-    """An option was changed by hand: what applies now, what fits now. No value is touched."""
+    """Updates for ``tab.follows_view``: what applies now, what fits now. No value is touched."""
     try:
         values = form_values(tab.form, raw)
     except LoadstoneError as error:
@@ -56,6 +56,13 @@ def _unrefused(
         return [gr.skip()] * (len(tab.follows_refusal) + 1)
     updates = dict(zip(tab.follows_state, state_updates(service, model), strict=True))
     return [*(updates[widget] for widget in tab.follows_refusal), None]
+
+
+def _edited(
+    tab: ModelTab, service: Service, refused: tuple[Any, ...] | None, model: str | None, *raw: Any
+) -> list[Any]:
+    """An option was changed by hand."""
+    return [*_changed(tab, service, model, *raw), *_unrefused(tab, service, refused, model, *raw)]
 
 
 def _follow(service: Service, model: str | None) -> Iterator[list[Any]]:
@@ -183,12 +190,8 @@ def wire(tab: ModelTab, service: Service) -> None:
         [tab.model, tab.autoload], tab.remembered, **DIRECT,
     )  # fmt: skip
     gr.on(
-        [*edits(tab.form.widgets), tab.loras.typed.change],
-        changed, inputs, tab.follows_view, trigger_mode="always_last", **DIRECT,
-    )  # fmt: skip
-    gr.on(
-        edits(tab.form.widgets), partial(_unrefused, tab, service), [tab.refused, *inputs],
-        [*tab.follows_refusal, tab.refused], trigger_mode="always_last", **DIRECT,
+        [*edits(tab.form.widgets), tab.loras.typed.change], partial(_edited, tab, service), [tab.refused, *inputs],
+        [*tab.follows_view, *tab.follows_refusal, tab.refused], trigger_mode="always_last", **DIRECT,
     )  # fmt: skip
     _wire_loading(tab, service, inputs, changed, load)
     filled = [

@@ -20,7 +20,7 @@ class DeviceFacts:
     """The machine in bytes. ``gpu_free_bytes``: one number a GPU; ``bf16``: whether they compute in bfloat16.
 
     ``cpu_bf16``: whether the processor has instructions for bfloat16. torch computes in it on every processor, but
-    without them a product takes 50 times as long as in float32.
+    without them a product takes a hundred times as long as in float32.
     """
 
     gpu_free_bytes: tuple[int, ...] = ()

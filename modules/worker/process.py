@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modules import collector
-from modules.errors import UserError
 from modules.protocol import HEAP_LIMIT_BYTES, decode, encode
 
 T = TypeVar("T")
@@ -94,12 +93,12 @@ def read_order(fd: int, kind: type[T]) -> T | None:
     """The order in the next line; None, with a word on stderr, where there is none: a person has started this."""
     try:
         order = decode(read_line(fd))
-    except (ValueError, TypeError, KeyError, UserError) as error:
-        print(f"The web process starts this, and says what to do: {error}", file=sys.stderr)
-        return None
-    if isinstance(order, kind):
-        return order
-    print(f"The web process starts this, and says what to do: this is no {kind.__name__}.", file=sys.stderr)
+        if isinstance(order, kind):
+            return order
+        problem = f"this is no {kind.__name__}"
+    except (ValueError, TypeError, KeyError) as error:
+        problem = str(error)
+    print(f"The web process starts this, and says what to do: {problem}", file=sys.stderr)
     return None
 
 
