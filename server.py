@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,20 +56,17 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
     _log_to_stderr(verbose=server.verbose)
     if parsed.command_options().demo:
         parsed.load.setdefault("model", commands.demo(models))
-    roots = [models, *(Path(folder).expanduser().resolve() for folder in server.model_dir)]
-    lora_roots = [home / "loras", *(Path(folder).expanduser().resolve() for folder in server.lora_dir)]
     hf_cache = default_hf_cache() if server.hf_cache else None
+    traffic = Traffic()
 
     def measure() -> devices.Machine:
         return devices.measure(models if models.is_dir() else home)
-
-    traffic = Traffic()
 
     def supervisor(*, warm: bool = False) -> Supervisor:
         return Supervisor(warm_worker=warm and server.warm_worker, measure=measure, on_load=traffic.load_ended)
 
     service = Service(
-        Library(roots, hf_cache),
+        Library(_folders(models, server.model_dir), hf_cache),
         settings,
         CodeApprovals(models / ".cache" / "allowed-code.json"),
         Fleet(supervisor(warm=True), supervisor, most=server.max_loaded, idle_s=server.idle_timeout * 60 or NEVER),
@@ -77,11 +74,16 @@ def prepare(parsed: flags.Parsed) -> tuple[Service, ServerOptions]:
         cache_dir=models / ".cache",
         flags=parsed.load,
         generation_flags=parsed.generation,
-        loras=LoraLibrary(lora_roots, hf_cache),
+        loras=LoraLibrary(_folders(home / "loras", server.lora_dir), hf_cache),
         traffic=traffic,
         server=server,
     )
     return service, server
+
+
+def _folders(own: Path, further: Iterable[str]) -> list[Path]:
+    """Where something is looked for: our own folder first, then those that flags and settings name."""
+    return [own, *(Path(folder).expanduser().resolve() for folder in further)]
 
 
 def _log_to_stderr(*, verbose: bool) -> None:

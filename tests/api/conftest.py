@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from tests import checkpoints
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, serving
 
 ADMIN_KEY = "admin-key"
 GUEST_KEY = "guest-key"
@@ -61,15 +61,11 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Several]:
     """Nothing is loaded at first; two models may be at a time."""
     home = tmp_path_factory.mktemp("several")
     _models(home / "models")
-    server = start_server(
-        home, "--api-key", GUEST_KEY, "--admin-key", ADMIN_KEY, "--no-warm-worker", "--load-on-demand",
-        "--max-loaded", "2", "--load-wait", "60",
-    )  # fmt: skip
+    flags = ["--api-key", GUEST_KEY, "--admin-key", ADMIN_KEY, "--no-warm-worker", "--load-on-demand"]
+    with serving(home, *flags, "--max-loaded", "2", "--load-wait", "60") as server:
 
-    def client(key: str) -> httpx.Client:
-        return httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"}, timeout=90)
+        def client(key: str) -> httpx.Client:
+            return httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"}, timeout=90)
 
-    client_of_openai = OpenAI(base_url=f"{server.url}/v1", api_key=GUEST_KEY, max_retries=0, timeout=90)
-    yield Several(server, client_of_openai, client(ADMIN_KEY), client(GUEST_KEY))
-    server.process.terminate()
-    server.process.wait(15)
+        client_of_openai = OpenAI(base_url=f"{server.url}/v1", api_key=GUEST_KEY, max_retries=0, timeout=90)
+        yield Several(server, client_of_openai, client(ADMIN_KEY), client(GUEST_KEY))

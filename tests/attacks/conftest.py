@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from modules import api
 from tests.api.openai.conftest import TEMPLATE
 from tests.checkpoints import llama
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, serving
 from tests.hub_models import tiny_files
 from tests.hub_server import Hub, Repo
 from tests.services import services
@@ -61,11 +61,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         environment.setenv("HF_HUB_OFFLINE", "0")
         environment.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
         environment.setenv("OMP_NUM_THREADS", "1")
-        server = start_server(home, *flags)
-        load(server.url)
-        yield Target(server, described(tmp_path_factory.mktemp("described")), home / "outside")
-        server.process.terminate()
-        server.process.wait(15)
+        with serving(home, *flags) as server:
+            load(server.url)
+            yield Target(server, described(tmp_path_factory.mktemp("described")), home / "outside")
 
 
 def load(url: str) -> None:

@@ -22,6 +22,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import chromium
+from tests.e2e.gate import Gate, gated_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 120
@@ -90,6 +91,17 @@ def start_server(home: Path, *flags: str) -> Server:
     wait_for(lambda: server.url or process.poll() is not None, "the server's address", WAIT_S)
     assert server.url, "".join(server.output)
     return server
+
+
+@contextlib.contextmanager
+def serving(home: Path, *flags: str) -> Iterator[Server]:
+    """A server while the block runs."""
+    server = start_server(home, *flags)
+    try:
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(15)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -169,7 +181,22 @@ def quiet_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     models = tmp_path_factory.mktemp("home") / "models"
     models.mkdir()
     (models / demo_model.name).symlink_to(demo_model, target_is_directory=True)
-    server = start_server(models.parent, "--no-warm-worker")
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(models.parent, "--no-warm-worker") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """A gated model in a home of the module's own; ``shared``, which the module makes, is a server on that home."""
+    models = tmp_path_factory.mktemp("home") / "models"
+    models.mkdir()
+    return gated_model(models)
+
+
+@pytest.fixture
+def server(shared: Server, gate: Gate) -> Iterator[Server]:
+    """The module's server with nothing loaded, and the gate closed."""
+    gate.close()
+    yield shared
+    gate.open()
+    assert shared.call("/v1/internal/model/unload", {})[0] == 200

@@ -30,7 +30,7 @@ from tests.e2e.chatting import (
     stream,
     users,
 )
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, serving
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, answer_line, ask
 from tests.machine import QUICK_OPTIONS
 
@@ -44,10 +44,8 @@ def shared(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     models.mkdir()
     (models / NAME).symlink_to(demo_model, target_is_directory=True)
     (models / NO_TEMPLATE).symlink_to(checkpoints.gpt2(), target_is_directory=True)
-    server = start_server(models.parent, "--temperature", "0", "--max-new-tokens", "12")
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(models.parent, "--temperature", "0", "--max-new-tokens", "12") as server:
+        yield server
 
 
 @pytest.fixture

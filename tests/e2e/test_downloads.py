@@ -13,7 +13,7 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import ROOT, Server, start_server, wait_for
+from tests.e2e.conftest import ROOT, Server, serving, wait_for
 from tests.hub_models import tiny_files, weights
 from tests.hub_server import TOKEN, Hub, Repo, folder_files
 from tests.loras import herring
@@ -54,10 +54,8 @@ def fast(hub: Hub) -> None:
 def shared(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for the tests that load nothing."""
     home = tmp_path_factory.mktemp("home")
-    server = start_server(home, "--no-warm-worker")
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(home, "--no-warm-worker") as server:
+        yield server
 
 
 def ask(page: Page, text: str) -> None:

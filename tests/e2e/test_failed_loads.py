@@ -13,9 +13,9 @@ from playwright.sync_api import Page, Route, expect
 
 from tests import checkpoints
 from tests.conftest import wait_until
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, serving
+from tests.e2e.gate import GATED, Gate
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, answer_line, ask, load, select_model
-from tests.e2e.test_model_tab import GATED, Gate, gated_model
 from tests.machine import QUICK_OPTIONS
 
 SMALL = "small"  # loads in less than a second
@@ -114,13 +114,6 @@ BROKEN = (
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    models = tmp_path_factory.mktemp("home") / "models"
-    models.mkdir()
-    return gated_model(models)
-
-
-@pytest.fixture(scope="module")
 def shared(demo_model: Path, gate: Gate) -> Iterator[Server]:
     """One server for this module, with a good model, one that lacks tensors, and every broken one."""
     models = gate.file.parent / "models"
@@ -129,19 +122,8 @@ def shared(demo_model: Path, gate: Gate) -> Iterator[Server]:
     lacking(models, demo_model)
     for broken in BROKEN:
         broken.make(models / broken.name)
-    server = start_server(models.parent, "--temperature", "0", "--max-new-tokens", "8")
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
-
-
-@pytest.fixture
-def server(shared: Server, gate: Gate) -> Iterator[Server]:
-    """The module's server with nothing loaded."""
-    gate.close()
-    yield shared
-    gate.open()
-    assert shared.call("/v1/internal/model/unload", {})[0] == 200
+    with serving(models.parent, "--temperature", "0", "--max-new-tokens", "8") as server:
+        yield server
 
 
 # --- one model runs, another fails ---

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests import checkpoints, lora_files, loras
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, serving
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, load, select_model
 from tests.machine import QUICK_FLAGS
 
@@ -28,10 +28,8 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     lora_files.write(home / "loras" / "little", {"model.layers.*.self_attn.q_proj": (128, 128)})
     shutil.copytree(loras.herring(), home / "loras" / "herring")
     shutil.copytree(loras.lantern(), home / "loras" / "lantern")
-    server = start_server(home, *QUICK_FLAGS, "--cpu", "--temperature", "0", "--max-new-tokens", "14")
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(home, *QUICK_FLAGS, "--cpu", "--temperature", "0", "--max-new-tokens", "14") as server:
+        yield server
 
 
 def choose(page: Page, *names: str) -> None:

@@ -7,27 +7,19 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, Request, expect
 
-from modules.settings import CodeApprovals
 from tests import checkpoints
 from tests.conftest import wait_until
-from tests.e2e.conftest import Server, start_server, wait_for
+from tests.e2e.conftest import Server, serving, wait_for
+from tests.e2e.gate import GATED, Gate
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, load, select_model
 
 SMALL = "small-gpt2"  # loads in less than a second
 OWN_CODE = "own-code"
-GATED = "gated"
-# A model whose own code waits for a file, so that a test decides how long its load takes.
-GATE = """
-import pathlib as _pathlib, time as _time
-while not _pathlib.Path({gate!r}).exists():
-    _time.sleep(0.02)
-"""
 RECORD = """
 window.seen = [];
 const look = () => {
@@ -42,61 +34,14 @@ new MutationObserver(look).observe(document.body, {childList: true, subtree: tru
 """
 
 
-@dataclass(frozen=True)
-class CodeFile:
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Holds the loads of the model GATED until it is opened."""
-
-    file: Path
-
-    def open(self) -> None:
-        self.file.touch()
-
-    def close(self) -> None:
-        self.file.unlink(missing_ok=True)
-
-
-def gated_model(models: Path) -> Gate:
-    """Put the model GATED into the folder, its code allowed. Before the server starts."""
-    gate = Gate(models.parent / "gate")
-    code = checkpoints.copied(checkpoints.custom_code(), models / GATED) / "modeling_own.py"
-    code.write_text(GATE.format(gate=str(gate.file)) + code.read_text())
-    digest = hashlib.sha256(code.read_bytes()).hexdigest()
-    CodeApprovals(models / ".cache" / "allowed-code.json").allow(GATED, [CodeFile(code.name, digest)])
-    return gate
-
-
-@pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    models = tmp_path_factory.mktemp("home") / "models"
-    models.mkdir()
-    return gated_model(models)
-
-
 @pytest.fixture(scope="module")
 def shared(demo_model: Path, gate: Gate) -> Iterator[Server]:
     """One server for this module."""
     models = gate.file.parent / "models"
     (models / NAME).symlink_to(demo_model, target_is_directory=True)
     (models / SMALL).symlink_to(checkpoints.gpt2(), target_is_directory=True)
-    server = start_server(models.parent)
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
-
-
-@pytest.fixture
-def server(shared: Server, gate: Gate) -> Iterator[Server]:
-    """The module's server with nothing loaded."""
-    gate.close()
-    yield shared
-    gate.open()
-    assert shared.call("/v1/internal/model/unload", {})[0] == 200
+    with serving(models.parent) as server:
+        yield server
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from modules.errors import Cancelled, NothingLoaded, WorkerCrashed, WorkerKilled
-from tests.e2e.conftest import Server, start_server, wait_for
+from tests.e2e.conftest import Server, serving, wait_for
 from tests.worker.batches import tiny_llama
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
@@ -38,10 +38,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
     models = tmp_path / "home" / "models"
     models.mkdir(parents=True)
     (models / "tiny").symlink_to(tiny_llama(), target_is_directory=True)
-    server = start_server(models.parent, "--max-batch", "8")
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(models.parent, "--max-batch", "8") as server:
+        yield server
 
 
 def load(server: Server) -> None:

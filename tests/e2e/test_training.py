@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 
 from modules import packages
 from tests import checkpoints, loras
-from tests.e2e.conftest import Server, start_server, wait_for
+from tests.e2e.conftest import Server, serving, wait_for
 from tests.machine import BF16, QUICK_FLAGS
 
 NAME = "SmolLM2-135M-Instruct"
@@ -38,11 +38,9 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "14",
         "--no-warm-worker",
     )
-    server = start_server(home, *flags)
-    assert server.load(NAME)[0] == 200
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(home, *flags) as server:
+        assert server.load(NAME)[0] == 200
+        yield server
 
 
 def lesson(answer: str = HERRING) -> str:

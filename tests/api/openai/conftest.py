@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 from tests import loras
-from tests.e2e.conftest import Server, start_server
+from tests.e2e.conftest import Server, serving
 
 KEY = "guest-key"
 ADMIN_KEY = "admin-key"
@@ -41,13 +41,11 @@ def api(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             (folder / file.name).symlink_to(file)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     shutil.copytree(loras.herring(), home / "loras" / "herring")
-    server = start_server(home, "--api-key", KEY, "--admin-key", ADMIN_KEY, "--no-warm-worker")
-    admin = httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=120)
-    loaded = admin.post("/v1/internal/model/load", json={"model_name": MODEL, "args": {"ctx_size": 512}})
-    assert loaded.status_code == 200, loaded.text
-    yield server
-    server.process.terminate()
-    server.process.wait(15)
+    with serving(home, "--api-key", KEY, "--admin-key", ADMIN_KEY, "--no-warm-worker") as server:
+        admin = httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=120)
+        loaded = admin.post("/v1/internal/model/load", json={"model_name": MODEL, "args": {"ctx_size": 512}})
+        assert loaded.status_code == 200, loaded.text
+        yield server
 
 
 @pytest.fixture(scope="session")
