@@ -22,6 +22,9 @@ fi
 # make all of it several times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+# Servers and workers start by the hundred; each would compile every module anew.
+unset PYTHONDONTWRITEBYTECODE
+
 bin=.venv/bin
 $bin/ruff format --check .
 $bin/ruff check .
