@@ -39,6 +39,7 @@ class Gpu:
     total_bytes: int
     free_bytes: int
     holders: tuple[Holder, ...] = ()
+    capability: tuple[int, int] = (0, 0)  # CUDA's compute capability, (8, 6); (0, 0) = the driver does not tell
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,16 @@ def _gpu(index: int, handle: Any) -> Gpu:
         total_bytes=int(memory.total),
         free_bytes=int(memory.free),
         holders=_holders(handle),
+        capability=_capability(handle),
     )
+
+
+def _capability(handle: Any) -> tuple[int, int]:
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return 0, 0
+    return int(major), int(minor)
 
 
 def _pci(handle: Any) -> str:
