@@ -28,7 +28,7 @@ from modules.ui.answering import Stops
 from modules.ui.common import QUIET, queue, top
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("page.js", "live.js")
+_SCRIPTS = ("clipboard.js", "page.js", "live.js")
 TITLE = "Loadstone"
 
 

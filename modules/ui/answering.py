@@ -14,6 +14,7 @@ from modules.errors import LoadstoneError, NothingLoaded
 from modules.protocol import Done, Piece, Waiting
 from modules.service import Service, Stop
 from modules.supervisor import Snapshot
+from modules.ui import tags
 from modules.ui.common import small, warn
 from modules.ui.live import Live, LiveAnswers
 from modules.units import counted
@@ -80,8 +81,13 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def plain(history: Sequence[Mapping[str, Any]] | None) -> History:
-    """The messages as role and text alone."""
-    return [{"role": str(message["role"]), "content": text_of(message)} for message in history or []]
+    """The messages of a chat on the page as role and text alone."""
+    return [{"role": str(message["role"]), "content": tags.written(text_of(message))} for message in history or []]
+
+
+def shown(history: Sequence[Mapping[str, Any]]) -> History:
+    """The messages as a chat on the page has to have them."""
+    return [{**message, "content": tags.shown(message["content"])} for message in history]
 
 
 def request(question: Question) -> dict[str, Any]:
@@ -95,15 +101,15 @@ def request(question: Question) -> dict[str, Any]:
 
 def working(history: History, line: str) -> Updates:
     """The page while an answer is awaited: Stop instead of Send, and nothing that would take the chat apart."""
-    waiting = [*history, {"role": "assistant", "content": ""}]
+    waiting = [*shown(history), {"role": "assistant", "content": ""}]
     still = [gr.update(interactive=False)] * 3
     return [waiting, gr.skip(), gr.update(visible="hidden"), gr.update(visible=True), line, *still]
 
 
-def settled(history: Any, line: str, *, back: str = "") -> Updates:
+def settled(history: History, line: str, *, back: str = "") -> Updates:
     """The page when no answer is awaited. ``back``: a question that goes back into the field, if that is empty."""
     free = [gr.update(interactive=True)] * 3
-    return [history, back or gr.skip(), gr.update(visible=True), gr.update(visible="hidden"), small(line), *free]
+    return [shown(history), back or gr.skip(), gr.update(visible=True), gr.update(visible="hidden"), small(line), *free]
 
 
 def nothing() -> Updates:
@@ -157,7 +163,7 @@ def _in_line(live: Live, waiting: Waiting) -> Updates:
 def _so_far(question: Question, live: Live) -> Updates:
     """The answer as far as it has come. The line comes after the chat, and tells live.js what the chat shows."""
     updates = nothing()
-    updates[0] = [*question.history, {"role": "assistant", "content": live.text}]
+    updates[0] = shown([*question.history, {"role": "assistant", "content": live.text}])
     updates[4] = live.line("answering …")
     return updates
 

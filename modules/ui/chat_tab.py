@@ -12,7 +12,7 @@ from modules.errors import LoadstoneError
 from modules.options import GENERATION_OPTIONS, GenerationOptions
 from modules.service import Service
 from modules.supervisor import Snapshot
-from modules.ui import chat_loras
+from modules.ui import chat_loras, tags
 from modules.ui.answering import (
     CHAT,
     COMPLETION,
@@ -199,7 +199,7 @@ class Conversation:
         if before[index]["role"] != "user":
             yield nothing()
             return
-        kept = [*before[:index], {"role": "user", "content": str(edit.value)}]
+        kept = [*before[:index], {"role": "user", "content": tags.written(str(edit.value))}]
         yield from self._ask(request, kept, before, raw)
 
     def beside(self, request: gr.Request, beside: str, history: History, *raw: Any) -> Iterator[Updates]:

@@ -33,7 +33,8 @@ class Live:
 
     def line(self, words: str) -> str:
         """The line under the chat: ``words``, and for the script which answer comes and how much is rendered."""
-        data = f'data-live="{self.name}" data-place="{self.place}" data-rendered="{len(self.text)}"'
+        rendered = len(self.text.encode("utf-16-le", "surrogatepass")) // 2  # as JavaScript counts
+        data = f'data-live="{self.name}" data-place="{self.place}" data-rendered="{rendered}"'
         return f'<div class="small" {data}>{escape(words)}</div>'
 
 
