@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from modules.errors import NotOnHub, UserError
 
 Kind = Literal["model", "lora"]
 LORA_CONFIG = "adapter_config.json"
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf")  # of the formats that are loaded
+_INDEX = ".index.json"  # of weights in several files
 _OTHER_WEIGHTS: Mapping[str, str] = {
     ".h5": "TensorFlow weights", ".msgpack": "Flax weights", ".onnx": "ONNX weights", ".onnx_data": "ONNX weights",
     ".pth": "the original PyTorch weights", ".pt": "PyTorch weights", ".ckpt": "a training checkpoint",
@@ -24,7 +27,10 @@ _OTHER_WEIGHTS: Mapping[str, str] = {
 _TRAINING = re.compile(r"^(optimizer|scheduler|rng_state|trainer_state|training_args|scaler|random_states)[^/]*$")
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".mp3", ".wav", ".pdf", ".ipynb"})
 _VARIANT = re.compile(r"^(?:model|pytorch_model)[.-](fp16|fp32|bf16|f16|f32|int8|8bit|4bit|non_ema)(?=[.-])", re.I)
+_STEM = re.compile(r"model|pytorch_model", re.I)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_LITERAL = re.compile(r"\[([\[*?])\]")  # a character of a name that would be a glob's otherwise
+_GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ def choose(repo: str, files: Sequence[RemoteFile], pattern: str = "") -> Choice:
     kind = kind_of(offered)
     if pattern:
         return _named(repo, offered, pattern, kind)
-    reasons = {file.name: reason for file in offered if (reason := _needless(file, offered, kind))}
+    listed = _listed(offered, kind)
+    reasons = {file.name: reason for file in offered if (reason := _needless(file.name, listed))}
     wanted = tuple(file for file in offered if file.name not in reasons)
     ggufs = [file for file in offered if file.name.endswith(".gguf")]
     plain = any(_is_weights(file.name) for file in wanted)
@@ -91,12 +98,20 @@ def kind_of(files: Iterable[RemoteFile]) -> Kind:
 
 def _named(repo: str, files: Sequence[RemoteFile], pattern: str, kind: Kind) -> Choice:
     patterns = [part.strip() for part in pattern.split(",") if part.strip()]
-    wanted = tuple(file for file in files if any(fnmatch.fnmatchcase(file.name, part) for part in patterns))
+    exact = {name for part in patterns if (name := _exactly(part))}
+    globs = [part for part in patterns if not _exactly(part)]
+    wanted = tuple(f for f in files if f.name in exact or any(fnmatch.fnmatchcase(f.name, part) for part in globs))
     if not wanted:
         near = [file.name for file in files if any(part.strip("*").lower() in file.name.lower() for part in patterns)]
         hint = f"Did you mean {' or '.join(near[:3])}?" if near else "Get the file list to see what there is."
         raise NotOnHub(f"{repo} has no file {pattern!r}.", hint)
-    return Choice(kind, wanted, {file.name: "not asked for" for file in files if file not in wanted})
+    names = {file.name for file in wanted}
+    return Choice(kind, wanted, {file.name: "not asked for" for file in files if file.name not in names})
+
+
+def _exactly(pattern: str) -> str:
+    """The one name that ``pattern`` names; "" for a glob. A page names thousands of files, each by a pattern."""
+    return "" if _GLOB.search(_LITERAL.sub("", pattern)) else _LITERAL.sub(r"\1", pattern)
 
 
 def _one_gguf(
@@ -120,74 +135,90 @@ def _is_weights(name: str) -> bool:
     return "/" not in name and name.endswith((".safetensors", ".bin")) and not _TRAINING.match(name)
 
 
-def _needless(file: RemoteFile, files: Sequence[RemoteFile], kind: Kind) -> str:
-    """Why ``file`` is not worth fetching; "" where it is."""
-    for rule in _RULES:
-        if reason := rule(file.name, {other.name for other in files}, kind):
-            return reason
-    return ""
+@dataclass(frozen=True)
+class _Listed:
+    """What the rules ask of a repository's whole list, found once: a list may have tens of thousands of files."""
+
+    names: frozenset[str]
+    kind: Kind
+    has_safetensors: bool  # of the model itself
+    first_precisions: frozenset[tuple[str, str]]  # (stem, ending) of names that tell of no second precision
 
 
-def _original(name: str, _names: set[str], _kind: Kind) -> str:
+def _listed(files: Sequence[RemoteFile], kind: Kind) -> _Listed:
+    names = frozenset(file.name for file in files)
+    stems = ((match[0], _ending(name)) for name in names if not _VARIANT.match(name) and (match := _STEM.match(name)))
+    return _Listed(names, kind, any(_plain_safetensors(name) for name in names), frozenset(stems))
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1]
+
+
+def _needless(name: str, listed: _Listed) -> str:
+    """Why the file is not worth fetching; "" where it is."""
+    return next((reason for rule in _RULES if (reason := rule(name, listed))), "")
+
+
+def _original(name: str, _listed: _Listed) -> str:
     return "the original format, a duplicate" if name.startswith(("original/", "consolidated", "metal/")) else ""
 
 
-def _by_ending(name: str, _names: set[str], _kind: Kind) -> str:
-    ending = Path(name).suffix.lower()
+def _by_ending(name: str, _listed: _Listed) -> str:
+    ending = _ending(name).lower()
     if ending in _PICTURES:
         return "not needed to load it"
     return f"{_OTHER_WEIGHTS[ending]}, which no loader takes" if ending in _OTHER_WEIGHTS else ""
 
 
-def _training(name: str, _names: set[str], _kind: Kind) -> str:
+def _training(name: str, _listed: _Listed) -> str:
     base = name.rpartition("/")[2]
     if name.startswith(("checkpoint-", "runs/", "logs/", "global_step")) or _TRAINING.match(base):
         return "left over from training"
     return ""
 
 
-def _in_folder(name: str, _names: set[str], _kind: Kind) -> str:
+def _in_folder(name: str, _listed: _Listed) -> str:
     folder, _, base = name.rpartition("/")
-    if folder and base.endswith((".safetensors", ".bin", ".gguf", ".index.json")):
+    if folder and base.endswith((*WEIGHT_ENDINGS, _INDEX)):
         return f"weights of another part ({folder}/)"
     return ""
 
 
-def _pickle(name: str, names: set[str], _kind: Kind) -> str:
+def _pickle(name: str, listed: _Listed) -> str:
     if not name.endswith((".bin", ".bin.index.json")):
         return ""
     if _of_adapter(name):
-        return "a duplicate of the safetensors" if "adapter_model.safetensors" in names else ""
-    return "a duplicate of the safetensors" if any(_plain_safetensors(other) for other in names) else ""
+        return "a duplicate of the safetensors" if "adapter_model.safetensors" in listed.names else ""
+    return "a duplicate of the safetensors" if listed.has_safetensors else ""
 
 
-def _variant(name: str, names: set[str], _kind: Kind) -> str:
+def _variant(name: str, listed: _Listed) -> str:
     """A second precision, ``model.fp16.safetensors``, beside a first one."""
     if not (match := _VARIANT.match(name)):
         return ""
-    stem = name.split(match[1])[0].rstrip(".-")
-    others = [o for o in names if o.startswith(stem) and not _VARIANT.match(o) and o.endswith(Path(name).suffix)]
-    return f"a second precision ({match[1]})" if others else ""
+    first = (name[: match.start(1) - 1], _ending(name))
+    return f"a second precision ({match[1]})" if first in listed.first_precisions else ""
 
 
-def _gguf(name: str, names: set[str], _kind: Kind) -> str:
+def _gguf(name: str, listed: _Listed) -> str:
     if not name.endswith(".gguf"):
         return ""
-    return "a duplicate of the safetensors" if any(_plain_safetensors(other) for other in names) else "a GGUF file"
+    return "a duplicate of the safetensors" if listed.has_safetensors else "a GGUF file"
 
 
-def _base_beside_adapter(name: str, names: set[str], kind: Kind) -> str:
+def _base_beside_adapter(name: str, listed: _Listed) -> str:
     """A LoRA's repository may hold the merged model too."""
     weights = name.endswith((".safetensors", ".bin", ".index.json")) and "/" not in name
-    return "the merged model; the LoRA is enough" if kind == "lora" and weights and not _of_adapter(name) else ""
+    return "the merged model; the LoRA is enough" if listed.kind == "lora" and weights and not _of_adapter(name) else ""
 
 
-def _single_beside_shards(name: str, names: set[str], _kind: Kind) -> str:
+def _single_beside_shards(name: str, listed: _Listed) -> str:
     """transformers takes the single file where there are both; the shards are the duplicate then."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         stem, _, ending = single.rpartition(".")
         shard = name.startswith(f"{stem}-") and name.endswith(ending) and _SHARD.search(name)
-        if single in names and (shard or name == f"{single}.index.json"):
+        if single in listed.names and (shard or name == f"{single}.index.json"):
             return f"a duplicate of {single}"
     return ""
 
@@ -200,7 +231,7 @@ def _plain_safetensors(name: str) -> bool:
     return name.endswith(".safetensors") and "/" not in name and not _of_adapter(name) and not name.startswith("consol")
 
 
-_RULES: tuple[Callable[[str, set[str], Kind], str], ...] = (
+_RULES: tuple[Callable[[str, _Listed], str], ...] = (
     _original, _training, _by_ending, _in_folder, _base_beside_adapter, _pickle, _variant, _gguf,
     _single_beside_shards,
 )  # fmt: skip

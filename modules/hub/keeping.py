@@ -15,9 +15,8 @@ from typing import Any
 
 from modules.errors import UserError
 from modules.hub import placing
-from modules.hub.choosing import RemoteFile
+from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _TRASH = "removed"
 
 
@@ -148,7 +147,7 @@ def _sha256(file: Path) -> str:
 def _weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+    return sorted(file for file in path.iterdir() if file.suffix in WEIGHT_ENDINGS and file.is_file())
 
 
 def _label(name: str, path: Path, file: Path) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 
 from modules.errors import NotOnHub, UnsafeCheckpoint, UserError
@@ -86,3 +89,22 @@ def test_a_repository_without_weights_is_refused() -> None:
 def test_names_that_leave_the_folder_are_refused(name: str) -> None:
     with pytest.raises(UnsafeCheckpoint, match="list of files"):
         choose("user/model", [remote("model.safetensors"), remote(name)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda n: f"checkpoint-{n}/trainer_state.json",
+        lambda n: f"part-{n}.bin",
+        lambda n: f"model.fp16-{n}.safetensors",
+        lambda n: f"a[{n}]*.gguf",
+    ],
+    ids=["checkpoints", "pickles", "second precisions", "odd names"],
+)
+def test_a_list_of_very_many_files_takes_no_minutes(name: Callable[[int], str]) -> None:
+    """Time that grew with the square of their number would be minutes; it is half a second."""
+    files = [remote(name(number)) for number in range(20_000)] + [remote("model.bin")]
+    begun = time.process_time()
+    choose("user/many", files)
+    assert choose("user/many", files, pattern_of(file.name for file in files[:10_000])).wanted == tuple(files[:10_000])
+    assert time.process_time() - begun < 15
