@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
 
 from modules.supervisor import process_group
+from modules.supervisor.child import ROOT, environment
 
 _END_S = 10.0  # for a process to clean up before it is killed
 
@@ -55,6 +57,17 @@ class Watched(Generic[S]):
         """Write down ``state`` as the next one, with the lock held."""
         self._state = replace(state, version=self._state.version + 1)
         self._changed.notify_all()
+
+
+def start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process for one job, its order to be written to stdin and what it tells to be read from stdout.
+
+    Like a worker it is offline and has no token of the Hub: it may run a model's own code.
+    """
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        **process_group.popen_options(),
+    )  # fmt: skip
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -13,11 +13,9 @@ from typing import IO
 
 from modules.errors import Busy, Cancelled, LoadstoneError, WorkerCrashed
 from modules.protocol import Failed, Merged, MergeOrder, Progress, decode, encode
-from modules.service.jobs import Watched, end, remove_leftovers
-from modules.supervisor import process_group
+from modules.service.jobs import Watched, end, remove_leftovers, start
 
 COMMAND = (sys.executable, "-m", "modules.worker.merge")
-_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,7 @@ class Merger(Watched[MergeState]):
 
     def _merge(self, order: MergeOrder) -> Merged:
         """Follow one process to its end. Raises what it reports, and WorkerCrashed where it ends without a word."""
-        with (
-            tempfile.TemporaryFile() as log,
-            subprocess.Popen(
-                COMMAND, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                **process_group.popen_options(),
-            ) as process,
-        ):  # fmt: skip
+        with tempfile.TemporaryFile() as log, start(COMMAND, log) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             try:

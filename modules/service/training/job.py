@@ -14,9 +14,8 @@ from typing import IO, Any, Literal
 
 from modules.errors import Busy, Cancelled, LoadstoneError, UserError, WorkerCrashed
 from modules.protocol import Failed, Progress, decode, encode
-from modules.service.jobs import Watched, end, remove_leftovers
+from modules.service.jobs import Watched, end, remove_leftovers, start
 from modules.service.training.state import Phase, TrainState
-from modules.supervisor import process_group
 from modules.supervisor.exits import decode_exit, oom_kills
 from modules.training import runs
 from modules.training.messages import (
@@ -30,7 +29,6 @@ from modules.training.messages import (
 )
 
 COMMAND = (sys.executable, "-m", "modules.worker.train")
-_ROOT = Path(__file__).resolve().parent.parent.parent.parent
 _LOG_BYTES = 8000
 
 Outcome = Trained | TrainPaused
@@ -164,13 +162,7 @@ class TrainJob(Watched[TrainState]):
     def _train(self, order: TrainOrder) -> Outcome:
         """Follow one process to its end. Raises what it reports, and what its end without a word means."""
         kills = oom_kills()
-        with (
-            tempfile.TemporaryFile() as log,
-            subprocess.Popen(
-                COMMAND, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                **process_group.popen_options(),
-            ) as process,
-        ):  # fmt: skip
+        with tempfile.TemporaryFile() as log, start(COMMAND, log) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
