@@ -22,6 +22,10 @@ WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
     "pytorch": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_MAX_JSON_BYTES = 64 << 20  # the index of a thousand experts' tensors takes half of it
+_MAX_CODE_BYTES = 64 << 20  # of all Python files of a model; those that are known take a hundredth
+_MAX_DIMENSIONS = 16  # of a tensor; those of models have five
+_MAX_LENGTH = 2**63  # of a dimension or a file: what eight bytes hold with a sign
 _DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
     "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -130,14 +134,14 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(start[:8], "little")
         if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
             raise BrokenCheckpoint(f"{path.name} is not a safetensors file ({size:,} bytes).")
+        if size < 8 + length:
+            raise _cut_short(path, size, 8 + length)
         file.seek(8)
         raw = file.read(length)
-    if len(raw) < length:
-        raise _cut_short(path, size, 8 + length)
     try:
         header = json.loads(raw)
         ends = [_tensor_end(entry) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BrokenCheckpoint(f"The header of {path.name} is damaged.") from None
     if size < (expected := 8 + length + max(ends, default=0)):
         raise _cut_short(path, size, expected)
@@ -145,24 +149,37 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def _tensor_end(entry: Mapping[str, Any]) -> int:
-    """Where a tensor's bytes end after the header. Raises ValueError where shape and offsets disagree."""
-    begin, end = entry["data_offsets"]
+    """Where a tensor's bytes end after the header. Raises ValueError where its type, shape and offsets make no sense.
+
+    They are looked at before they are multiplied: a text as a length would make one of a thousand million letters.
+    """
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if type(entry["dtype"]) is not str or type(shape) is not list or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError
+    if not all(type(number) is int and 0 <= number < _MAX_LENGTH for number in (*shape, begin, end)):
+        raise ValueError
     bits = _DTYPE_BITS.get(entry["dtype"])
-    if bits is not None and math.prod(entry["shape"]) * bits != (end - begin) * 8:
+    if begin > end or (bits is not None and math.prod(shape) * bits != (end - begin) * 8):
         raise ValueError
     return int(end)
 
 
 def read_json(path: Path, absent: type[BrokenCheckpoint] = BrokenCheckpoint) -> dict[str, Any]:
     """The object in a JSON file. Raises ``absent`` where there is no file, BrokenCheckpoint where it is not JSON."""
+    name = f"{path.name} in {path.parent.name}"
     try:
-        data = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON_BYTES:
+                raise BrokenCheckpoint(f"{name} has {size:,} bytes; {_MAX_JSON_BYTES:,} are the most that is read.")
+            data = json.loads(file.read(size))
     except FileNotFoundError:
         raise absent(f"{path.parent.name} has no {path.name}.") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise BrokenCheckpoint(f"{path.name} in {path.parent.name} is not JSON: {error}.") from None
+        raise BrokenCheckpoint(f"{name} is not JSON: {error}.") from None
+    except RecursionError:
+        raise BrokenCheckpoint(f"{name} is damaged: it is nested too deep.") from None
     if not isinstance(data, dict):
-        raise BrokenCheckpoint(f"{path.name} in {path.parent.name} holds no JSON object.")
+        raise BrokenCheckpoint(f"{name} holds no JSON object.")
     return data
 
 
@@ -174,11 +191,16 @@ def python_files(folder: Path) -> Iterator[Path]:
 
 
 def code_hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each Python file of a model's folder, by its name in there. Raises OSError."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in python_files(folder)
-    }
+    """The SHA-256 of each Python file of a model's folder, by its name in there. Raises OSError, and BrokenCheckpoint
+    for files too large to be code.
+    """
+    files = list(python_files(folder))
+    if (size := sum(path.stat().st_size for path in files)) > _MAX_CODE_BYTES:
+        raise BrokenCheckpoint(
+            f"The Python files of {folder.name} have {size:,} bytes; {_MAX_CODE_BYTES:,} are the most that is read.",
+            "Remove those that the model does not need.",
+        )
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _check_tensors_are_there(index: Path, weight_map: Mapping[str, str]) -> None:

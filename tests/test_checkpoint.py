@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from modules.checkpoint import check_files, safetensors_header, weight_files
+from modules.checkpoint import check_files, code_hashes, read_json, safetensors_header, weight_files
 from modules.errors import BrokenCheckpoint, NotAModel, UnsafeCheckpoint
 from tests import checkpoints
 
@@ -95,6 +100,89 @@ def test_a_header_of_noise_is_refused(tmp_path: Path) -> None:
     file.write_bytes((50).to_bytes(8, "little") + b"x" * 200)
     with pytest.raises(BrokenCheckpoint, match="header"):
         safetensors_header(file)
+
+
+@contextmanager
+def at_most(most_bytes: int) -> Iterator[None]:
+    """Fails where more memory than that is taken meanwhile."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def write_header(file: Path, header: object) -> Path:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    return file
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shape": ["x", 1_000_000]},  # which would be multiplied into a text of so many letters
+        {"shape": [[0], 1_000_000]},
+        {"shape": [True]},
+        {"shape": [1.0]},
+        {"shape": [-1, -1]},
+        {"shape": [2**70], "dtype": "ZZ"},
+        {"shape": [1] * 17},
+        {"shape": 5},
+        {"shape": "1"},
+        {"shape": None, "dtype": "ZZ"},
+        {"dtype": 32},
+        {"dtype": ["F32"]},
+        {"data_offsets": [0, float("inf")], "dtype": "ZZ"},
+        {"data_offsets": [4, 0], "dtype": "ZZ"},
+        {"data_offsets": [-4, 0]},
+        {"data_offsets": [0, 4, 8]},
+        {"data_offsets": 4},
+    ],
+    ids=str,
+)
+def test_a_tensor_that_makes_no_sense_is_damage(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    good = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    assert safetensors_header(write_header(tmp_path / "good.safetensors", {"a": good, "__metadata__": {"k": "v"}}))
+    file = write_header(tmp_path / "model.safetensors", {"a": good | wrong})
+    with at_most(1_000_000), pytest.raises(BrokenCheckpoint, match=r"header of model\.safetensors is damaged"):
+        safetensors_header(file)
+
+
+@pytest.mark.parametrize("missing", ["dtype", "shape", "data_offsets"])
+def test_a_tensor_without_its_type_shape_or_place_is_damage(tmp_path: Path, missing: str) -> None:
+    entry = {"dtype": "ZZ", "shape": [1], "data_offsets": [0, 1]}
+    del entry[missing]
+    with pytest.raises(BrokenCheckpoint, match="is damaged"):
+        safetensors_header(write_header(tmp_path / "model.safetensors", {"a": entry}))
+
+
+def test_json_that_is_nested_too_deep_is_damage(tmp_path: Path) -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000
+    (tmp_path / "config.json").write_bytes(b'{"a":' + deep + b"}")
+    with pytest.raises(BrokenCheckpoint, match=r"config\.json .* nested too deep"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(BrokenCheckpoint, match="is damaged"):
+        safetensors_header(tmp_path / "model.safetensors")
+
+
+def test_of_a_file_of_any_length_little_is_read(tmp_path: Path) -> None:
+    """The files are sparse: so long, and nothing in them."""
+    for name in ("config.json", "modeling.py", "model.safetensors"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 80_000_000)
+    with at_most(1_000_000):
+        with pytest.raises(BrokenCheckpoint, match=r"config\.json in .* has 80,000,000 bytes"):
+            read_json(tmp_path / "config.json")
+        with pytest.raises(BrokenCheckpoint, match=r"Python files of .* have 80,000,000 bytes"):
+            code_hashes(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.write((90_000_000).to_bytes(8, "little"))
+    os.truncate(tmp_path / "model.safetensors", 1000)
+    with at_most(1_000_000), pytest.raises(BrokenCheckpoint, match="cut short"):
+        safetensors_header(tmp_path / "model.safetensors")
 
 
 def test_a_pytorch_file_cut_short_is_named(tmp_path: Path) -> None:

@@ -100,8 +100,6 @@ def read_facts(model: Model) -> ModelFacts:
         return _folder_facts(model)
     except OSError as error:
         raise BrokenCheckpoint(f"{model.name} cannot be read: {error.strerror}.", "Check its permissions.") from None
-    except RecursionError:  # JSON nested a thousand deep
-        raise BrokenCheckpoint(f"A JSON file of {model.name} is damaged: it is nested too deep.") from None
 
 
 def _refuse_other_things(folder: Path) -> None:

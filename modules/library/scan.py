@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modules.checkpoint import WEIGHT_FILES, safe_name
-from modules.errors import UnsafeCheckpoint
+from modules.checkpoint import WEIGHT_FILES, read_json, safe_name
+from modules.errors import BrokenCheckpoint, UnsafeCheckpoint
 
 FileFormat = Literal["safetensors", "pytorch", "gguf"]
 FOLDER_FORMATS: tuple[FileFormat, ...] = ("safetensors", "pytorch")  # the first whole one is taken
@@ -211,11 +210,9 @@ def _shards_are_there(path: str, index: str) -> bool:
 
 def _json_value(path: str, key: str) -> object:
     try:
-        with open(path, "rb") as file:
-            data = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        return read_json(Path(path)).get(key)
+    except (OSError, BrokenCheckpoint):
         return None
-    return data.get(key) if isinstance(data, dict) else None
 
 
 def _size(path: str) -> int:

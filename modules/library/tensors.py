@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.checkpoint import safetensors_header
-from modules.errors import BrokenCheckpoint
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 # Beside packed weights lie scales, zero points and states, which are no parameters of the model.
@@ -35,11 +34,8 @@ def safetensors_tensors(files: Iterable[Path]) -> dict[str, TensorInfo]:
     tensors = {}
     for file in files:
         for name, entry in safetensors_header(file).items():
-            if name == "__metadata__":
-                continue
-            if not all(isinstance(size, int) and size >= 0 for size in entry["shape"]):
-                raise BrokenCheckpoint(f"{file.name} gives {name} the shape {entry['shape']!r}.")
-            tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]))
+            if name != "__metadata__":
+                tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]))
     return tensors
 
 
