@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -143,7 +145,7 @@ def test_a_file_cut_short(tmp_path: Path, share: float) -> None:
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version is 50331648"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63), "cut short"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0), "cut short"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62), "cut short"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62), "a name has"),
         (b"GGUF" + struct.pack("<IQQQsI", 3, 0, 1, 1, b"k", 99), "of type 99"),
         (b"GGUF" + struct.pack("<IQQQsIIQ", 3, 0, 1, 1, b"k", 9, 8, 2**62), "cut short"),
         (b"GGUF" + struct.pack("<IQQQsIIQ", 3, 0, 1, 1, b"k", 9, 99, 1), "of type 99"),
@@ -157,6 +159,38 @@ def test_headers_that_make_no_sense(tmp_path: Path, data: bytes, words: str) -> 
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(BrokenCheckpoint, match=words):
         read_header(tmp_path / "x.gguf")
+
+
+def sparse(path: Path, head: bytes, size: int) -> Path:
+    """A file that begins so and is so long, with nothing in the rest."""
+    path.write_bytes(head)
+    os.truncate(path, size)
+    return path
+
+
+def test_of_a_long_text_the_beginning_is_read(tmp_path: Path) -> None:
+    """What lies elsewhere has its true size here, and nothing but its beginning: a text may claim all of it."""
+    key, text, after = b"general.name", 30 << 20, struct.pack("<Q5sIB", 5, b"after", 0, 7)
+    head = b"GGUF" + struct.pack(f"<IQQQ{len(key)}sIQ", 3, 0, 2, len(key), key, 8, text)
+    path = sparse(tmp_path / "x.gguf", head, len(head) + text)
+    with path.open("ab") as file:
+        file.write(after)
+    tracemalloc.start()
+    try:
+        assert read_header(path).metadata["after"] == 7
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    key, far = b"general.name", 80_000_000
+    head = b"GGUF" + struct.pack(f"<IQQQ{len(key)}sIQ", 3, 0, 2, len(key), key, 8, far)
+    with pytest.raises(BrokenCheckpoint, match="its header is larger than"):
+        read_header(sparse(tmp_path / "x.gguf", head, far + 1000))
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, far)
+    with pytest.raises(BrokenCheckpoint, match="a name has 80,000,000 bytes"):
+        read_header(sparse(tmp_path / "y.gguf", head, far + 1000))
 
 
 def test_an_unknown_tensor_type_is_named_and_not_measured(tmp_path: Path) -> None:

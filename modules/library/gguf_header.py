@@ -33,7 +33,9 @@ _KEPT_ITEMS = 1024  # a longer array is a vocabulary
 _MAX_DEPTH = 4  # of arrays in arrays
 _MAX_DIMENSIONS = 8
 _BLOCK_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 1 << 28  # the largest vocabularies take a twentieth; more would only keep the page waiting
+_MAX_HEADER_BYTES = 1 << 26  # the largest vocabularies take a fifth; more would only keep the page waiting
+_MAX_NAME_BYTES = 65_535  # the format's own limit
+_KEPT_TEXT_BYTES = 1 << 20  # of a longer text the beginning is kept
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,20 @@ class _Reader:
         tensor_count, pair_count = self._scalar(_U64), self._scalar(_U64)
         header = GgufHeader()
         for _ in range(pair_count):
-            key, kind = self._string(), self._scalar(_U32)
+            key, kind = self._name(), self._scalar(_U32)
             if kind == _ARRAY:
                 header.arrays[key], items = self._array(_MAX_DEPTH)
                 if items:
                     header.metadata[key] = items
             else:
-                header.metadata[key] = self._string() if kind == _STRING else self._scalar(kind)
+                header.metadata[key] = self._text() if kind == _STRING else self._scalar(kind)
         self._tensors(tensor_count, header)
         return header
 
     def _tensors(self, count: int, header: GgufHeader) -> None:
         end = 0
         for _ in range(count):
-            name, dimensions = self._string(), self._scalar(_U32)
+            name, dimensions = self._name(), self._scalar(_U32)
             if dimensions > _MAX_DIMENSIONS:
                 raise ValueError(f"a tensor has {dimensions} dimensions")
             shape = tuple(reversed([self._scalar(_U64) for _ in range(dimensions)]))
@@ -122,7 +124,7 @@ class _Reader:
             return
         if self._start + self._at + length > self._size:
             raise ValueError("it is cut short")
-        if self._start > _MAX_HEADER_BYTES:
+        if self._start + self._at + length > _MAX_HEADER_BYTES:
             raise ValueError(f"its header is larger than {_MAX_HEADER_BYTES:,} bytes")
         rest = self._buffer[self._at :]
         self._start, self._at = self._start + self._at, 0
@@ -141,8 +143,17 @@ class _Reader:
             raise ValueError(f"a value is of type {kind}")
         return struct.unpack(layout, self._read(struct.calcsize(layout)))[0]
 
-    def _string(self) -> str:
-        return self._read(self._scalar(_U64)).decode("utf-8", "replace")
+    def _name(self) -> str:
+        length = self._scalar(_U64)
+        if length > _MAX_NAME_BYTES:
+            raise ValueError(f"a name has {length:,} bytes")
+        return self._read(length).decode("utf-8", "replace")
+
+    def _text(self) -> str:
+        length = self._scalar(_U64)
+        text = self._read(min(length, _KEPT_TEXT_BYTES)).decode("utf-8", "replace")
+        self._skip(max(0, length - _KEPT_TEXT_BYTES))
+        return text
 
     def _array(self, depth: int) -> tuple[int, tuple[Any, ...]]:
         """Pass over an array: its length, and its items where they are a few numbers."""
