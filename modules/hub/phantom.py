@@ -1,6 +1,7 @@
 """A model that is not here, as far as it can be described without its weights: headers by range requests.
 
-The library reads it like any other folder; the files have their true sizes and only their first bytes on the disk.
+The library reads it like any other folder: weights have their true sizes and only their first bytes on the disk, and
+of the other files there is what was fetched.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from modules.hub.remote import Hub, Repository
 
 _FIRST_BYTES = 100_000  # holds most safetensors headers, as huggingface_hub found
 _GGUF_BYTES = 12 << 20  # a GGUF header holds the vocabulary
-_MOST_HEADER_BYTES = 100 << 20
+_MOST_HEADER_BYTES = 25_000_000  # as huggingface_hub has it; several are in memory at once
 _SMALL_BYTES = 1 << 20  # a configuration is fetched whole up to this size
 _PICKLE_BYTES = 64
 _ZIP_END_BYTES = 66_000  # holds the end of a ZIP archive's directory, with the longest comment
 _AT_ONCE = 8
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def phantom(hub: Hub, repository: Repository, files: Sequence[RemoteFile], folder: Path) -> None:
@@ -30,7 +32,8 @@ def phantom(hub: Hub, repository: Repository, files: Sequence[RemoteFile], folde
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             stream.write(_beginning(hub, repository, file))
-            stream.truncate(file.size)  # sparse: it takes no space
+            if file.name.endswith(_WEIGHTS):  # a configuration as long as is claimed would be read to its end
+                stream.truncate(file.size)  # sparse: it takes no space
             if file.name.endswith(".bin") and file.size > _PICKLE_BYTES:  # a ZIP archive's directory is at its end
                 end = min(file.size - _PICKLE_BYTES, _ZIP_END_BYTES)
                 stream.seek(file.size - end)
