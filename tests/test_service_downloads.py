@@ -161,6 +161,18 @@ def test_verify_repair_and_update(service: Service, hub: Hub) -> None:  # noqa: 
         shelf.verify("demo")
 
 
+def test_an_update_brings_the_files_that_were_chosen(service: Service, hub: Hub) -> None:  # noqa: F811
+    branches = hub.repos["user/model"].branches
+    branches["main"] = branches["older"] = {**tiny_files(), "model.fp16.safetensors": weights(seed=5)}
+    folder = brought(service, "user/model", "config.json,model.fp16.safetensors")
+    branches["main"] = {**branches["older"], "model.fp16.safetensors": weights(seed=6), "chat_template.jinja": b"new"}
+    sent = hub.sent_bytes()
+    service.downloads.queue.wait_for(service.shelf.update("user_model").key)
+    assert names_in(folder) == {"config.json", "model.fp16.safetensors", "chat_template.jinja"}
+    assert (folder / "model.fp16.safetensors").read_bytes() == weights(seed=6)
+    assert hub.sent_bytes() - sent == len(weights()) + 3
+
+
 def test_the_shelf_knows_sizes_sources_and_favourites(service: Service) -> None:
     brought(service, "user/model")
     service.shelf.favourite("user_model", True)

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: search, ask what a repository holds, choose its files, download them, keep what is here."""
 
 from modules.hub.asking import Ask, looks_like_a_name, parse
-from modules.hub.choosing import Choice, RemoteFile, choose
+from modules.hub.choosing import Choice, RemoteFile, choose, choose_again
 from modules.hub.job import Job, JobState, Order
 from modules.hub.queue import DownloadQueue
 from modules.hub.remote import SIZES, SORTS, TASKS, Found, Hub, Repository
@@ -21,6 +21,7 @@ __all__ = [
     "RemoteFile",
     "Repository",
     "choose",
+    "choose_again",
     "looks_like_a_name",
     "parse",
 ]

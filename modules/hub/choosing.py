@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,6 +87,35 @@ def choose(repo: str, files: Sequence[RemoteFile], pattern: str = "") -> Choice:
     if not plain:
         raise UserError(f"{repo} holds no weights that Loadstone loads.", "Look for it as safetensors or GGUF.")
     return Choice(kind, wanted, reasons)
+
+
+def choose_again(repo: str, files: Sequence[RemoteFile], had: Collection[str], before: Sequence[RemoteFile]) -> Choice:
+    """What to fetch of a newer commit's ``files`` for who has the files called ``had`` of the older one's, ``before``.
+
+    What suits, where that is what suited then; otherwise the same files, and small ones that are new. ``before`` is
+    empty where it is not known. Raises UnsafeCheckpoint as :func:`check_names`, NotOnHub where the weights are gone.
+    """
+    check_names(repo, files)
+    suits, suited = _suiting(repo, files), _suiting(repo, before)
+    if suits and suits.wanted and suited and {file.name for file in suited.wanted} == set(had):
+        return suits
+    there = {file.name for file in files}
+    gone = [name for name in had if name not in there]
+    if lost := [name for name in gone if name.endswith(WEIGHT_ENDINGS) or len(gone) == len(had)]:
+        raise NotOnHub(f"{repo} has no {lost[0]} any more.", "Get the file list to see what there is.")
+    known = {*had, *(file.name for file in before)}
+    of_weights = (*WEIGHT_ENDINGS, _INDEX)
+    new = {f.name for f in (suits.wanted if suits else ()) if f.name not in known and not f.name.endswith(of_weights)}
+    if any(name.endswith(".gguf") for name in had):  # which needs nothing beside it
+        new = set()
+    return Choice(kind_of(files), tuple(file for file in files if file.name in new or file.name in had), {})
+
+
+def _suiting(repo: str, files: Sequence[RemoteFile]) -> Choice | None:
+    try:
+        return choose(repo, files)
+    except UserError:  # there are no weights
+        return None
 
 
 def kind_of(files: Iterable[RemoteFile]) -> Kind:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modules.devices import Machine
-from modules.errors import LoadstoneError, UserError
+from modules.errors import LoadstoneError, NotOnHub, UserError
 from modules.hub import (
     Ask,
     Choice,
@@ -19,9 +19,11 @@ from modules.hub import (
     Hub,
     Job,
     Order,
+    RemoteFile,
     Repository,
     checks,
     choose,
+    choose_again,
     keeping,
     parse,
     placing,
@@ -221,18 +223,18 @@ class Downloads:
         record = recorded(folder)
         ask = Ask(record.repo, record.revision)
         repository = self.hub.repository(ask)
-        names = {file.name for file in repository.files}
-        whole = choose(repository.name, repository.files)
-        gguf = any(name.endswith(".gguf") for name in record.files)
-        wanted = (
-            tuple(f for f in repository.files if f.name in record.files) if gguf or whole.question else whole.wanted
-        )
-        if gone := [name for name in record.files if name.endswith(".gguf") and name not in names]:
-            raise UserError(f"{repository.name} has no {gone[0]} any more.", "Get the file list to see what there is.")
-        order = self._order(ask, repository, replace(whole, wanted=wanted, question=""))
+        choice = choose_again(repository.name, repository.files, record.files, self._files_at(record))
+        order = self._order(ask, repository, choice)
         order = replace(order, target=str(folder), partial=str(placing.partial_folder(folder.parent, "-")))
         checks.check_room(folder.parent, order.size_bytes - self._here(order))
         return self.queue.add(order)
+
+    def _files_at(self, record: placing.Record) -> tuple[RemoteFile, ...]:
+        """All files of the commit that is here; none where the Hub has that commit no more."""
+        try:
+            return self.hub.repository(Ask(record.repo, record.commit)).files
+        except NotOnHub:
+            return ()
 
     def newer_commit(self, folder: Path) -> str:
         """The commit that the model's branch has now, where that is another; "" where it is up to date."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from modules.errors import NotOnHub, UnsafeCheckpoint, UserError
-from modules.hub import choose
+from modules.hub import choose, choose_again
 from modules.hub.words import pattern_of
 from tests.hub_models import remote
 
@@ -108,3 +108,47 @@ def test_a_list_of_very_many_files_takes_no_minutes(name: Callable[[int], str]) 
     choose("user/many", files)
     assert choose("user/many", files, pattern_of(file.name for file in files[:10_000])).wanted == tuple(files[:10_000])
     assert time.process_time() - begun < 15
+
+
+def again(had: list[str], before: list[str], now: list[str]) -> set[str]:
+    files = [[remote(name) for name in names] for names in (now, before)]
+    return {file.name for file in choose_again("user/model", files[0], had, files[1]).wanted}
+
+
+SMALL = ["config.json", "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("had", "before", "now", "wanted"),
+    [
+        (["model.safetensors"], [], ["model.safetensors", "new.json"], ["model.safetensors", "new.json"]),
+        (["model.bin"], [], ["model.safetensors", "model.bin"], ["model.safetensors"]),
+        (["model.safetensors"], ["model.bin"], ["model-00001-of-00001.safetensors", "model.bin"],
+         ["model-00001-of-00001.safetensors"]),
+        (["model.fp16.safetensors"], ["model.safetensors"], ["model.safetensors", "model.fp16.safetensors", "new.json"],
+         ["model.fp16.safetensors", "new.json"]),
+        (["model.safetensors", "onnx/a.onnx"], [], ["model.safetensors", "onnx/a.onnx"],
+         ["model.safetensors", "onnx/a.onnx"]),
+        ([], ["model.safetensors"], ["model.safetensors"], []),
+        (["a.gguf"], [], ["a.gguf", "b.gguf", "new.json"], ["a.gguf"]),
+        (["a.gguf"], [], ["a.gguf", "new.json"], ["a.gguf", "new.json"]),
+        (["a.gguf"], ["b.gguf"], ["a.gguf", "b.gguf", "new.json"], ["a.gguf"]),
+    ],
+)  # fmt: skip
+def test_an_update_brings_what_was_chosen(had: list[str], before: list[str], now: list[str], wanted: list[str]) -> None:
+    """``before``: what the older commit holds beside what is had."""
+    assert again([*SMALL, *had], [*SMALL, *had, *before], [*SMALL, *now]) == {*SMALL, *wanted}
+
+
+def test_an_update_without_the_older_list_keeps_what_is_had() -> None:
+    now = ["model.safetensors", "model.fp16.safetensors", "new.json"]
+    assert again(["model.fp16.safetensors"], [], now) == {"model.fp16.safetensors", "new.json"}
+    assert again(["README.md"], [], ["README.md"]) == {"README.md"}
+
+
+def test_an_update_to_a_commit_without_the_weights_is_refused() -> None:
+    had = ["config.json", "model.fp16.safetensors"]
+    with pytest.raises(NotOnHub, match=r"no model\.fp16\.safetensors any more"):
+        again(had, [*had, "model.safetensors"], ["config.json", "model.safetensors"])
+    with pytest.raises(NotOnHub, match=r"no README\.md any more"):
+        again(["README.md"], ["README.md"], ["model.safetensors"])
