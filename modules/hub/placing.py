@@ -207,6 +207,13 @@ def _stale(order: Order, earlier: Record | None) -> set[str]:
     return {name for name in earlier.files if not name.endswith(".gguf")}
 
 
+def stale_in(order: Order) -> list[str]:
+    """The files in the model's folder that an older commit brought, and the order's does not."""
+    target = Path(order.target)
+    gone = _stale(order, read_record(target)) - {file.name for file in order.files}
+    return sorted(name for name in gone if os.path.lexists(target / name))
+
+
 def remove_forgotten(root: Path, known: set[str], older_than_s: float = 14 * 86_400) -> None:
     """Remove what no download of ``known`` keys has touched for so long: nobody will go on with it. And what an
     earlier server was still removing.

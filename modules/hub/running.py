@@ -124,9 +124,9 @@ class _Run:
         return found
 
     def _is_in_place(self) -> bool:
-        """Whether the model's folder holds all of it: then nothing is to be moved."""
+        """Whether the model's folder holds all of it, and no file that its commit has no more: nothing is to move."""
         target, partial = Path(self._order.target), Path(self._order.partial)
-        return all(
+        return not placing.stale_in(self._order) and all(
             (target / file.name).is_file() and os.path.samefile(target / file.name, partial / file.name)
             for file in self._order.files
         )

@@ -101,6 +101,19 @@ def test_an_update_fetches_what_changed_and_drops_what_is_gone(hub: Hub, tmp_pat
     assert (folder / "model.safetensors").read_bytes() == weights(seed=9)
 
 
+def test_an_update_to_a_commit_that_only_removes_a_file_removes_it(hub: Hub, tmp_path: Path) -> None:
+    branch = hub.repos["user/model"].branches
+    branch["main"] = {**tiny_files(), "chat_template.jinja": b"wrong"}
+    fetch(order_for(hub, tmp_path))
+    sent = hub.sent_bytes()
+    branch["main"] = tiny_files()
+    fetch(order_for(hub, tmp_path))
+    record = read_record(tmp_path / "user_model")
+    assert record is not None
+    assert names_in(tmp_path / "user_model") == set(record.files) == WHOLE
+    assert hub.sent_bytes() == sent
+
+
 def test_a_second_file_joins_the_first(hub: Hub, tmp_path: Path) -> None:
     hub.repos["user/model"].branches["main"] = {"a-Q4_0.gguf": b"GGUF" + bytes(9000), "a-Q8_0.gguf": b"GGUF" * 3000}
     fetch(order_for(hub, tmp_path, pattern="*Q4*"))
