@@ -271,3 +271,11 @@ def test_memory_for_many_answers_at_once_is_planned(llama_70b: Checkpoint) -> No
     assert cache(planned(batch_tokens=4096)) == cache(planned())  # one answer has the whole context
     working = [max(device.working_bytes for device in planned(max_batch=count).devices) for count in (1, 256)]
     assert working[0] <= working[1]
+
+
+def test_a_gpu_that_may_hold_nothing_is_as_none(llama_70b: Checkpoint) -> None:
+    none = plan(llama_70b, LoadOptions(cpu=True), machine(24, ram=512), ctx_tokens=4096)
+    given_nothing = plan(llama_70b, LoadOptions(gpu_memory=(0.0,)), machine(24, ram=512), ctx_tokens=4096)
+    assert given_nothing.device_map == {"": "cpu"}
+    assert given_nothing.precision == none.precision
+    assert given_nothing.peak_bytes == none.peak_bytes

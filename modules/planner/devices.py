@@ -75,7 +75,8 @@ def rooms(
     gpu_memory bounds the whole of what a GPU holds. cpu_memory bounds weights, KV cache and working memory; the
     process itself, which no option makes smaller, comes on top. Neither can give more than is free.
     """
-    gpus = () if options.cpu else _gpus(machine, options, working_bytes, gpu_fixed_bytes)
+    caps = gpu_caps(machine, options)
+    gpus = tuple(Room(str(index), cap, working_bytes, gpu_fixed_bytes) for index, cap in caps.items())
     asked = int(options.cpu_memory * GIB) + ram_fixed_bytes if options.cpu_memory else machine.ram_free_bytes
     ram = Room(CPU, min(asked, machine.ram_free_bytes), 0 if gpus else working_bytes, ram_fixed_bytes)
     wanted = bool(options.disk or options.cpu_memory)
@@ -87,14 +88,14 @@ def rooms(
     )
 
 
-def _gpus(machine: Machine, options: LoadOptions, working_bytes: int, fixed_bytes: int) -> tuple[Room, ...]:
-    """A GPU that gpu_memory gives 0, or does not come to, is left out."""
-    found = []
-    for position, gpu in enumerate(machine.gpus):
+def gpu_caps(machine: Machine, options: LoadOptions) -> dict[int, int]:
+    """GPU → bytes it may hold at most. Left out: one that is full, or that gpu_memory gives 0 or does not come to."""
+    found: dict[int, int] = {}
+    for position, gpu in enumerate(() if options.cpu else machine.gpus):
         cap = gpu.free_bytes
         if options.gpu_memory:
             asked = options.gpu_memory[position] if position < len(options.gpu_memory) else 0.0
             cap = min(cap, int(asked * GIB))
         if cap > 0:
-            found.append(Room(str(position), cap, working_bytes, fixed_bytes))
-    return tuple(found)
+            found[position] = cap
+    return found

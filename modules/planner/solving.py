@@ -11,7 +11,7 @@ from modules.devices import Machine
 from modules.options import LoadOptions, kept_tokens
 from modules.planner.adapters import Adapters, with_adapters
 from modules.planner.checkpoint import Checkpoint
-from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, rooms
+from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, gpu_caps, rooms
 from modules.planner.formats import Classes, Part, Precision, classes, precision_for
 from modules.planner.layout import Block, Layout, layout_of
 from modules.planner.memory import Calibration, cache_growth_bytes, kv_cache, working_bytes
@@ -112,7 +112,7 @@ def solve(question: Question) -> Answer:
     """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known."""
     checkpoint, options, calibration = question.checkpoint, question.options, question.calibration
     layout = with_adapters(layout_of(checkpoint), question.adapters)
-    gpus = 0 if options.cpu else len(question.machine.gpus)
+    gpus = len(gpu_caps(question.machine, options))
     precision = precision_for(checkpoint, options, gpus, question.machine.cpu_bf16)
     kept = kept_tokens(options, question.ctx_tokens)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options)

@@ -128,7 +128,7 @@ def _load(order: LoadOrder, stage: str, emit: Emit) -> Any:
     from modules.worker import quantization, transformers_loader
 
     facts = transformers_loader.model_facts(order)
-    arguments = transformers_loader.load_kwargs(order, transformers_loader.device_facts(), facts)
+    arguments = transformers_loader.load_kwargs(order, transformers_loader.device_facts(order), facts)
     dtype = quantization.DTYPES[facts.stored_dtype or "float32"]
     arguments = transformers_loader.LoadArguments({**arguments.kwargs, "dtype": dtype})
     return transformers_loader.load_weights(order, arguments, stage, emit)

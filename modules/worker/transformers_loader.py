@@ -102,7 +102,7 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
     if order.options.disk:
         order = replace(order, offload_dir=own_folder(Path(order.offload_dir)))
         check_disk(order)
-    device = device_facts()
+    device = device_facts(order)
     arguments = load_kwargs(order, device, facts)
     loaded_tokenizer = tokenizer.load(order, facts.config, progress)
 
@@ -242,12 +242,20 @@ def weights_dtype(order: LoadOrder, device: DeviceFacts, stored: str) -> tuple[t
     return quantization.DTYPES[name], notes
 
 
-def device_facts() -> DeviceFacts:
-    """This machine, as torch sees it now."""
+def device_facts(order: LoadOrder) -> DeviceFacts:
+    """What torch sees now of the devices that the order lets the model touch.
+
+    A GPU's free memory is 0 where the order says what the GPUs hold: asking makes a CUDA context, which takes hundreds
+    of megabytes of each GPU asked, the ones left out too, and cannot be made on one that is full.
+    """
     ram = int(psutil.virtual_memory().available)
-    if not torch.cuda.is_available():
+    places = order.device_map.values()
+    on_cpu = order.options.cpu or (bool(places) and not any(place.isdigit() for place in places))
+    if on_cpu or not torch.cuda.is_available():
         return DeviceFacts(cpu_bf16=cpu_bf16(), ram_free_bytes=ram)
-    free = tuple(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
+    gpus = range(torch.cuda.device_count())
+    told = order.device_map or order.options.gpu_memory
+    free = tuple(0 if told else int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus)
     gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return DeviceFacts(free, gpu_bf16, cpu_bf16(), ram)
 

@@ -51,7 +51,7 @@ def asked(work: Path, **facts: Any) -> tuple[LoadOrder, dict[str, Any]]:
     """An order for the small Llama in 4-bit, and the kwargs of from_pretrained that it becomes."""
     order = order_for(checkpoints.llama(), work, **(NF4 | facts))
     facts_of = transformers_loader.model_facts(order)
-    return order, transformers_loader.load_kwargs(order, transformers_loader.device_facts(), facts_of).kwargs
+    return order, transformers_loader.load_kwargs(order, transformers_loader.device_facts(order), facts_of).kwargs
 
 
 def quant_states(loaded: LoadedModel) -> dict[str, tuple[Any, ...]]:

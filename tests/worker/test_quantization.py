@@ -135,14 +135,14 @@ def test_a_layer_that_was_left_out_is_noticed(tmp_path: Path) -> None:
     result = load(checkpoints.llama(), tmp_path, load_in_4bit=True)
     result.model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 256)
     with pytest.raises(WrongResult, match=r"1 of 14 layers are not quantized: model\.layers\.1\.mlp\.up_proj"):
-        quantization.verify(result.model, result.order, transformers_loader.device_facts())
+        quantization.verify(result.model, result.order, transformers_loader.device_facts(result.order))
 
 
 def test_another_compute_dtype_is_noticed(tmp_path: Path) -> None:
     result = load(checkpoints.llama(), tmp_path, load_in_4bit=True)
     result.model.model.layers[0].mlp.up_proj.compute_dtype = torch.float16
     with pytest.raises(WrongResult, match="float16"):
-        quantization.verify(result.model, result.order, transformers_loader.device_facts())
+        quantization.verify(result.model, result.order, transformers_loader.device_facts(result.order))
 
 
 def with_quantization(folder: Path, method: str) -> Path:
@@ -196,7 +196,7 @@ def test_gptq_that_cannot_be_trained_is_noticed(tmp_path: Path, monkeypatch: pyt
     kernel = next(type(module) for module in result.model.modules() if hasattr(module, "qweight"))
     monkeypatch.setattr(kernel, "SUPPORTS_TRAINING", False)
     with pytest.raises(WrongResult, match="disable_exllama"):
-        quantization.verify(result.model, result.order, transformers_loader.device_facts())
+        quantization.verify(result.model, result.order, transformers_loader.device_facts(result.order))
 
 
 @needs_gptqmodel

@@ -109,7 +109,7 @@ def test_frequencies_that_do_not_follow_are_noticed(tmp_path: Path) -> None:
     result = loaded(checkpoints.llama(), tmp_path, alpha_value=2.0)
     result.model.model.rotary_emb.inv_freq.mul_(1.01)
     facts = transformers_loader.model_facts(result.order)
-    device = transformers_loader.device_facts()
+    device = transformers_loader.device_facts(result.order)
     kwargs = transformers_loader.load_kwargs(result.order, device, facts).kwargs
     with pytest.raises(WrongResult, match="rotary frequencies"):
         verification.verify(result.model, result.order, device, kwargs)

@@ -122,7 +122,8 @@ def test_a_processor_without_bfloat16_says_how_slow_it_is() -> None:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 is told apart")
 def test_what_the_processor_has_is_what_torch_finds() -> None:
-    assert transformers_loader.device_facts().cpu_bf16 is ("AVX512" in torch.backends.cpu.get_cpu_capability())
+    order = checkpoints.order_for(Path("model"), Path("work"))
+    assert transformers_loader.device_facts(order).cpu_bf16 is ("AVX512" in torch.backends.cpu.get_cpu_capability())
 
 
 def test_on_a_gpu_weights_are_float16_unless_the_checkpoint_is_bfloat16() -> None:
