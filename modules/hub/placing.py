@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from modules.hub.choosing import RemoteFile
+from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile
 from modules.hub.job import Order
 
 RECORD = ".download.json"  # hidden: no scan of a folder takes it for a part of the model
@@ -133,11 +133,15 @@ def _size_in(folder: Path, name: str) -> int:
 def link(source: Path, target: Path, *, stays: bool = False) -> None:
     """Put the same file at ``target`` without a second copy of its bytes, or else with one. Raises OSError.
 
-    ``stays``: the source is kept where it is, so that a symbolic link to it will do on another disk.
+    ``stays``: the source is kept where it is, and is others' too. On another disk a symbolic link to it will do; and
+    what is not weights is copied, since people edit a configuration in place, which would edit the source.
     """
     real = os.path.realpath(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
+    if stays and not target.name.endswith(WEIGHT_ENDINGS):
+        shutil.copy2(real, target)
+        return
     try:
         os.link(real, target)
     except OSError:  # another disk, or one without hard links

@@ -190,6 +190,21 @@ def test_what_the_hugging_face_cache_holds_is_linked(hub: Hub, tmp_path: Path) -
     assert_whole(hub, order)
 
 
+def test_who_edits_a_configuration_edits_no_other_programs_cache(hub: Hub, tmp_path: Path) -> None:
+    cache, models = tmp_path / "cache", tmp_path / "models"
+    content = bytes_of(tiny_files()["config.json"])
+    blob = cache / "models--user--model" / "blobs" / hub.repos["user/model"].hashes(content)[1]
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(content)
+    fetch(order_for(hub, models, cache=str(cache)))
+    assert not hub.asked("/config.json")
+    edited = models / "user_model" / "config.json"
+    assert edited.read_bytes() == content
+    with edited.open("r+b") as file:  # in place, as many editors write
+        file.write(b"edited")
+    assert blob.read_bytes() == content
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 70_000), max_size=4), small=st.lists(st.integers(0, 5_002), max_size=2))
 def test_cut_connections_go_on_where_they_were_cut(
