@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -288,12 +289,17 @@ def stretched_context(options: LoadOptions, context_tokens: int) -> int:
         return context_tokens
     points = ((1.0, 1.0), (1.75, 1.5), (2.5, 2.0))
     (x0, y0), (x1, y1) = points[:2] if options.alpha_value <= points[1][0] else points[1:]
-    return int(context_tokens * (y0 + (options.alpha_value - x0) * (y1 - y0) / (x1 - x0)))
+    stretched = context_tokens * (y0 + (options.alpha_value - x0) * (y1 - y0) / (x1 - x0))
+    return int(round(stretched, 6))  # what is a whole number but for floating point is that one
 
 
 def alpha_for(context_ratio: float) -> float:
-    """The alpha_value that suits ``context_ratio`` times the model's limit: the rule above, the other way round."""
-    return round(1 + (context_ratio - 1) * 1.5, 2) if context_ratio > 1 else 1.0
+    """The alpha_value for ``context_ratio`` times the model's limit: the rule above, the other way round.
+
+    Rounded up to two places: with less the context would be beyond the limit still.
+    """
+    hundredths = (1 + (context_ratio - 1) * 1.5) * 100
+    return math.ceil(round(hundredths, 6)) / 100 if context_ratio > 1 else 1.0
 
 
 def context_tokens(options: LoadOptions, model_limit: int) -> int:

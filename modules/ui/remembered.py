@@ -17,9 +17,12 @@ from gradio.events import Dependency
 from modules.ui.common import QUIET, edits
 
 # Gradio 6.31 draws an empty number as 0, and so nobody can mean it where the usual is an empty one.
-_KEEP = """localStorage.setItem(key, JSON.stringify(Object.fromEntries(
-  usual.map(([name, value], i) => [name, value === null ? now[i] || null : now[i], value])
-  .filter(([, is, value]) => is !== null && is !== value))))"""
+# A browser may keep nothing, or not that much: a text beyond its five megabytes goes, the rest stays.
+_KEEP = """const changed = usual.map(([name, value], i) => [name, value === null ? now[i] || null : now[i], value])
+    .filter(([, is, value]) => is !== null && is !== value);
+  const keep = (most) => localStorage.setItem(key, JSON.stringify(Object.fromEntries(
+    changed.filter(([, is]) => String(is).length < most))));
+  try { keep(Infinity) } catch { try { keep(10000) } catch {} }"""
 # What somebody has typed before the page was complete stays.
 _RECOVER = """let kept = {}; try { kept = JSON.parse(localStorage.getItem(key)) ?? {} } catch {}
   return usual.map(([name, value], i) => {
