@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ import pynvml
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 _CPU = Path("/proc/cpuinfo")
+log = logging.getLogger(__name__)
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as the largest multiple of a page
 
 
@@ -101,21 +103,38 @@ def _gpus() -> tuple[Gpu, ...]:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         by_pci = sorted(handles, key=_pci)
         return tuple(_gpu(index, handle) for index, handle in enumerate(_visible(by_pci)))
-    except pynvml.NVMLError:
+    except pynvml.NVMLError as error:
+        log.debug("no GPUs: %s", error)
         return ()
 
 
 def _gpu(index: int, handle: Any) -> Gpu:
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    total_bytes, free_bytes = _memory(index, handle)
     return Gpu(
         index=index,
         name=pynvml.nvmlDeviceGetName(handle),
         pci=_pci(handle),
-        total_bytes=int(memory.total),
-        free_bytes=int(memory.free),
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
         holders=_holders(handle),
         capability=_capability(handle),
     )
+
+
+def _memory(index: int, handle: Any) -> tuple[int, int]:
+    """Total and free. A GPU that has no memory of its own computes in the RAM; one that does not tell is not used.
+
+    It stays among the GPUs in either case: the others' numbers count it.
+    """
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError_NotSupported:
+        ram = psutil.virtual_memory()
+        return ram.total, ram.available
+    except pynvml.NVMLError as error:
+        log.warning("GPU %d does not tell its memory, and is left out: %s", index, error)
+        return 0, 0
+    return int(memory.total), int(memory.free)
 
 
 def _capability(handle: Any) -> tuple[int, int]:
@@ -127,7 +146,11 @@ def _capability(handle: Any) -> tuple[int, int]:
 
 
 def _pci(handle: Any) -> str:
-    return str(pynvml.nvmlDeviceGetPciInfo(handle).busId)
+    """The bus's number; of a part of a GPU, that GPU's."""
+    try:
+        return str(pynvml.nvmlDeviceGetPciInfo(handle).busId)
+    except pynvml.NVMLError:
+        return str(pynvml.nvmlDeviceGetPciInfo(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)).busId)
 
 
 def _visible(handles: list[Any]) -> list[Any]:
@@ -147,9 +170,19 @@ def _visible(handles: list[Any]) -> list[Any]:
 def _named(handles: list[Any], name: str) -> Any | None:
     if name.isdecimal():
         return handles[int(name)] if int(name) < len(handles) else None
+    if name.startswith("MIG-"):
+        return _part(name)
     if not name.startswith("GPU-"):
         return None
     return next((handle for handle in handles if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name)), None)
+
+
+def _part(name: str) -> Any | None:
+    """A part of a GPU that its owner has divided (MIG). It must be named whole."""
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    except pynvml.NVMLError:
+        return None
 
 
 def _holders(handle: Any) -> tuple[Holder, ...]:

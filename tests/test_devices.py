@@ -32,12 +32,17 @@ class Driver:
             "nvmlDeviceGetName": lambda handle: self.gpus[handle]["name"],
             "nvmlDeviceGetUUID": lambda handle: self.gpus[handle]["uuid"],
             "nvmlDeviceGetPciInfo": lambda handle: SimpleNamespace(busId=self.gpus[handle]["pci"]),
-            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=24 * GIB, free=20 * GIB),
+            "nvmlDeviceGetMemoryInfo": self._memory,
             "nvmlDeviceGetComputeRunningProcesses": lambda handle: self.gpus[handle].get("processes", []),
             "nvmlDeviceGetGraphicsRunningProcesses": self._not_supported,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, answer)
+
+    def _memory(self, handle: Any) -> Any:
+        if (problem := self.gpus[handle].get("problem")) is not None:
+            raise pynvml.NVMLError(problem)
+        return SimpleNamespace(total=24 * GIB, free=20 * GIB)
 
     @staticmethod
     def _not_supported(_: Any) -> Any:
@@ -91,6 +96,35 @@ def test_gpus_are_in_pci_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [gpu.index for gpu in machine.gpus] == [0, 1]
     assert machine.gpus[0].total_bytes == 24 * GIB
     assert machine.gpus[0].free_bytes == 20 * GIB
+
+
+@pytest.mark.usefixtures("_all_visible")
+@pytest.mark.parametrize(
+    ("problem", "ram"),
+    [
+        (pynvml.NVML_ERROR_NOT_SUPPORTED, SimpleNamespace(total=128 * GIB, available=99 * GIB)),
+        (pynvml.NVML_ERROR_GPU_IS_LOST, None),
+    ],
+)
+def test_one_that_does_not_tell_its_memory_does_not_hide_the_others(
+    problem: int, ram: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = {**TWO_GPUS.gpus[1], "problem": problem}
+    Driver(TWO_GPUS.gpus[0], silent).install(monkeypatch)
+    if ram is not None:  # what it computes in, as far as anybody knows
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
+    first, second = devices.measure(Path.cwd()).gpus
+    assert (first.name, first.index) == ("First", 0)
+    assert (first.total_bytes, first.free_bytes) == ((ram.total, ram.available) if ram else (0, 0))
+    assert (second.name, second.index, second.free_bytes) == ("Second", 1, 20 * GIB)
+
+
+def test_a_part_of_a_gpu_is_found_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    TWO_GPUS.install(monkeypatch)
+    parts = {"MIG-aaaa": 1}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: parts[name])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-aaaa")
+    assert devices.measure(Path.cwd()).gpu_names == ("First",)
 
 
 @pytest.mark.parametrize(
