@@ -163,17 +163,31 @@ def settle(order: Order) -> None:
             _take_along(path, partial / path.relative_to(target))
     write_record(partial, order, earlier)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = partial.with_name(f"{partial.name}.replaced")
-    if os.path.lexists(target):  # else it is new, or a kill came between the two renames
+    aside = replaced_by(order)
+    if os.path.lexists(target):
         remove_tree(aside)
         target.rename(aside)
+        with contextlib.suppress(OSError, NotImplementedError):
+            os.utime(aside, follow_symlinks=False)  # from now on it counts how long nobody has gone on with it
     try:
         partial.rename(target)
     except OSError:
-        if os.path.lexists(aside) and not os.path.lexists(target):
-            aside.rename(target)
+        put_back(order)
         raise
     remove_tree(aside)
+
+
+def replaced_by(order: Order) -> Path:
+    """Where the model's old folder is while the new one takes its place."""
+    partial = Path(order.partial)
+    return partial.with_name(f"{partial.name}.replaced")
+
+
+def put_back(order: Order) -> None:
+    """Put the old folder in its place again where the new one did not come to it, as after a kill. Raises OSError."""
+    aside, target = replaced_by(order), Path(order.target)
+    if os.path.lexists(aside) and not os.path.lexists(target):
+        aside.rename(target)
 
 
 def _take_along(source: Path, target: Path) -> None:

@@ -355,11 +355,17 @@ def _kill(running: _Running) -> None:
 
 
 def _remove_partial(order: Order) -> None:
-    """Put what has come out of the way at once; large files take the disk a while."""
+    """Put what has come out of the way at once; large files take the disk a while.
+
+    The old model stands in its place again where the process was ended between the two renames.
+    """
     partial = Path(order.partial)
-    aside = partial.with_name(f"{partial.name}{placing.REMOVED}-{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(OSError):
-        partial.rename(aside)
-        threading.Thread(target=placing.remove_tree, args=(aside,), name="download-remove", daemon=True).start()
+        placing.put_back(order)
+    for left in (partial, placing.replaced_by(order)):
+        aside = left.with_name(f"{left.name}{placing.REMOVED}-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(OSError):
+            left.rename(aside)
+            threading.Thread(target=placing.remove_tree, args=(aside,), name="download-remove", daemon=True).start()
     with contextlib.suppress(OSError):
         partial.with_name(f"{partial.name}.lock").unlink(missing_ok=True)

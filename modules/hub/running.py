@@ -81,11 +81,13 @@ class _Run:
 
     def all(self) -> None:
         order = self._order
+        placing.put_back(order)
         self._say("looking at what is here")
         missing = [file for file in order.files if not self._is_here(file)]
         if not missing and self._is_in_place():
             placing.write_record(Path(order.target), order, placing.read_record(Path(order.target)))
-            placing.remove_tree(Path(order.partial))
+            for left in (Path(order.partial), placing.replaced_by(order)):
+                placing.remove_tree(left)
             return
         self._done = placing.fetched_bytes(order)
         self._say("")

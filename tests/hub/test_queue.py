@@ -21,6 +21,7 @@ from modules.errors import BrokenDownload, ModelNotFound
 from modules.hub import DownloadQueue, Job, JobState, placing
 from modules.hub.words import job_in_words
 from tests.conftest import wait_until
+from tests.hub.test_placing import killed_between_the_two_renames
 from tests.hub.test_running import assert_whole, offered
 from tests.hub_models import order_for, tiny_files, weights
 from tests.hub_server import Fault, Hub, Repo
@@ -106,6 +107,15 @@ def test_cancel_leaves_nothing(slow: Hub, tmp_path: Path) -> None:
         queue.clear()
         with pytest.raises(ModelNotFound):
             queue.job(key)
+
+
+def test_cancelled_between_the_two_renames_the_old_model_is_there_again(hub: Hub, tmp_path: Path) -> None:
+    order = killed_between_the_two_renames(hub, tmp_path)
+    with queue_in(tmp_path) as queue:
+        assert queue.cancel(queue.add(order).key).state is JobState.CANCELLED
+        wait_until(lambda: not [p for p in (tmp_path / ".cache" / "downloads").iterdir() if p.is_dir()])
+    assert (tmp_path / "user_model" / "model.safetensors").read_bytes() == weights()
+    assert (tmp_path / "user_model" / "notes.txt").is_file()
 
 
 def test_nobody_waits_for_a_disk_that_hangs(slow: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -15,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modules.errors import BrokenDownload, Busy, DiskFull, HubUnreachable, LoadstoneError, UnsafeCheckpoint, UserError
-from modules.hub import placing
 from modules.hub.fetching import Patience, bring_whole
 from modules.hub.job import Order
 from modules.hub.placing import read_record
@@ -125,29 +122,6 @@ def test_a_second_file_joins_the_first(hub: Hub, tmp_path: Path) -> None:
     assert set(record.files) == {"a-Q4_0.gguf", "a-Q8_0.gguf"}
 
 
-def test_what_somebody_put_into_the_folder_stays_as_it_is(hub: Hub, tmp_path: Path) -> None:
-    """Links to files and folders, also those that lead nowhere, and empty folders; through an update."""
-    fetch(order_for(hub, tmp_path))
-    folder, elsewhere = tmp_path / "user_model", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "notes.txt").write_text("mine")
-    links = {
-        "file": elsewhere / "notes.txt",
-        "folder": elsewhere,
-        "nowhere": tmp_path / "gone",
-        "inside": Path("config.json"),
-    }
-    for name, leads in links.items():
-        (folder / name).symlink_to(leads)
-    (folder / "empty" / "too").mkdir(parents=True)
-    (folder / "model.safetensors").unlink()
-    fetch(order_for(hub, tmp_path))
-    assert {name: (folder / name).readlink() for name in links} == links
-    assert (folder / "inside").read_bytes() == (folder / "config.json").read_bytes()
-    assert (folder / "empty" / "too").is_dir()
-    assert (folder / "model.safetensors").is_file()
-
-
 @pytest.mark.parametrize("right", [True, False])
 def test_what_another_library_brings_is_hashed_too(hub: Hub, tmp_path: Path, right: bool) -> None:
     """As hf_xet does, for the files that the Hub does not give by HTTP."""
@@ -174,35 +148,6 @@ def test_repair_fetches_only_what_is_broken(hub: Hub, tmp_path: Path) -> None:
     fetch(order)
     assert hub.sent_bytes() - sent == 5002
     assert_whole(hub, order)
-
-
-def test_what_the_hugging_face_cache_holds_is_linked(hub: Hub, tmp_path: Path) -> None:
-    cache, models = tmp_path / "cache", tmp_path / "models"
-    repo = hub.repos["user/model"]
-    blobs = cache / "models--user--model" / "blobs"
-    blobs.mkdir(parents=True)
-    blob = blobs / repo.hashes(weights())[0]
-    blob.write_bytes(weights())
-    order = order_for(hub, models, cache=str(cache))
-    fetch(order)
-    assert (models / "user_model" / "model.safetensors").samefile(blob)
-    assert not hub.asked("model.safetensors", cdn=True)
-    assert_whole(hub, order)
-
-
-def test_who_edits_a_configuration_edits_no_other_programs_cache(hub: Hub, tmp_path: Path) -> None:
-    cache, models = tmp_path / "cache", tmp_path / "models"
-    content = bytes_of(tiny_files()["config.json"])
-    blob = cache / "models--user--model" / "blobs" / hub.repos["user/model"].hashes(content)[1]
-    blob.parent.mkdir(parents=True)
-    blob.write_bytes(content)
-    fetch(order_for(hub, models, cache=str(cache)))
-    assert not hub.asked("/config.json")
-    edited = models / "user_model" / "config.json"
-    assert edited.read_bytes() == content
-    with edited.open("r+b") as file:  # in place, as many editors write
-        file.write(b"edited")
-    assert blob.read_bytes() == content
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -250,33 +195,6 @@ def test_a_connection_that_brings_nothing_is_given_up(
     fetch(order)
     assert_whole(hub, order)
     assert hub.sent_bytes("model.safetensors") == len(weights())
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(hub: Hub, tmp_path: Path) -> None:
-    """The old model is aside, the new one not yet in its place."""
-    fetch(order_for(hub, tmp_path))
-    hub.repos["user/model"].branches["main"]["model.safetensors"] = weights(seed=2)
-    order = order_for(hub, tmp_path)
-    target, partial = Path(order.target), Path(order.partial)
-    (target / "notes.txt").write_text("mine")
-    shutil.copytree(target, partial, ignore=shutil.ignore_patterns("model.safetensors", ".*"))
-    (partial / "model.safetensors").write_bytes(weights(seed=2))
-    target.rename(partial.with_name(f"{partial.name}.replaced"))
-    fetch(order)
-    assert (target / "model.safetensors").read_bytes() == weights(seed=2)
-    assert (target / "notes.txt").is_file()
-    assert not [path for path in partial.parent.iterdir() if path.is_dir()]
-
-
-def test_what_nobody_goes_on_with_is_removed_in_time(tmp_path: Path) -> None:
-    folder = tmp_path / ".cache" / "downloads"
-    for name in ("known", "old", "new"):
-        (folder / name).mkdir(parents=True)
-    (folder / "old.lock").touch()
-    for name in ("known", "old", "old.lock"):
-        os.utime(folder / name, (0, 0))
-    placing.remove_forgotten(tmp_path, {"known"})
-    assert {path.name for path in folder.iterdir()} == {"known", "new"}
 
 
 def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub: Hub, tmp_path: Path) -> None:
