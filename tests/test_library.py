@@ -175,6 +175,28 @@ def test_links_to_folders_and_files(tmp_path: Path) -> None:
     assert "waiting" in [model.name for model in library.models()]
 
 
+def test_a_link_that_cannot_be_followed_hides_nothing_else(tmp_path: Path) -> None:
+    """As one does that leads to a mount that is gone."""
+    models = tmp_path / "models"
+    make(models / "good", "model.safetensors")
+    make(models / "org" / "inner", "model.safetensors")
+    for folder in (models, models / "org", models / "good"):
+        (folder / "loop").symlink_to(folder / "loop")
+    assert names(models) == ["good", "org/inner"]
+    assert Library([models]).find("good").path == models / "good"
+
+
+def test_what_a_link_leads_to_is_offered_when_it_is_there(tmp_path: Path) -> None:
+    """A mount that comes back changes nothing in the folder of the link."""
+    library, org = Library([tmp_path / "models"]), tmp_path / "models" / "org"
+    org.mkdir(parents=True)
+    (org / "far").symlink_to(tmp_path / "mount")
+    os.utime(org, (LONG_AGO, LONG_AGO))
+    assert library.models() == []
+    make(tmp_path / "mount", "model.safetensors")
+    assert [model.name for model in library.models()] == ["org/far"]
+
+
 def test_a_name_taken_twice_tells_its_folder(tmp_path: Path) -> None:
     roots = [tmp_path / "first", tmp_path / "disk", tmp_path / "other" / "disk"]
     for root in roots:

@@ -82,6 +82,13 @@ def test_no_name_leads_out_of_the_folders(root: Path, tmp_path: Path, name: str)
         LoraLibrary([root]).find(name)
 
 
+def test_a_link_that_cannot_be_followed_hides_no_lora(root: Path) -> None:
+    lora_files.write(root / "one", SHAPES)
+    (root / "loop").symlink_to(root / "loop")
+    (root / "one" / "loop").symlink_to(root / "one" / "loop")
+    assert names(LoraLibrary([root])) == ["one"]
+
+
 def test_an_unknown_name_is_told_its_neighbours(root: Path) -> None:
     lora_files.write(root / "pirate", SHAPES)
     with pytest.raises(AdapterNotFound, match="Did you mean pirate"):

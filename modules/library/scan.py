@@ -90,8 +90,11 @@ class Scanner:
         if known and known[0] == changed:
             return known[1]
         now = time.time_ns()
-        folder = _look_into(path)
-        if folder.settled and changed < now - _SAME_TICK_NS:
+        files, folders = entries(path)
+        folder = _look_into(path, files, folders)
+        # What a link will lead to, when its mount is back, does not show in the folder's time.
+        settled = folder.settled and not any(_leads_nowhere(entry) for entry in files.values())
+        if settled and changed < now - _SAME_TICK_NS:
             self._seen[path] = (changed, folder)
         return folder
 
@@ -128,7 +131,7 @@ def snapshot_of(repository: Path) -> Path | None:
 def entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
     """The files by name, and the names of the folders, links to folders among them; without hidden ones.
 
-    Nothing where the folder cannot be read.
+    Nothing where the folder cannot be read. A link that cannot be followed is a file, whatever it was to lead to.
     """
     files: dict[str, os.DirEntry[str]] = {}
     folders: list[str] = []
@@ -137,7 +140,7 @@ def entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     files[entry.name] = entry
                 elif not entry.name.endswith(UNFINISHED):
                     folders.append(entry.name)
@@ -146,8 +149,18 @@ def entries(path: str) -> tuple[dict[str, os.DirEntry[str]], list[str]]:
     return files, sorted(folders)
 
 
-def _look_into(path: str) -> _Folder:
-    files, folders = entries(path)
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link into itself, to a mount that is gone, to what somebody else owns
+        return False
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _look_into(path: str, files: Mapping[str, os.DirEntry[str]], folders: Sequence[str]) -> _Folder:
     if any(name.endswith(UNFINISHED) for name in files):
         return _Folder(settled=False)
     gguf = _whole_ggufs(files)
