@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from modules import collector
@@ -18,6 +19,7 @@ from modules.training import runs
 from modules.training.messages import TrainCommand, TrainOrder
 from modules.worker import process
 from modules.worker.training.control import Control
+from modules.worker.training.visible import with_own_gpus
 
 _LOCK_S = 15.0  # for a process to end whose server was killed
 
@@ -70,6 +72,7 @@ def main() -> int:
     order = process.read_order(stdin, TrainOrder)
     if order is None:
         return 2
+    order = replace(order, load=with_own_gpus(order.load))
     emit(Progress("starting"))
     control = Control()
     obey(stdin, control)

@@ -105,7 +105,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self.watch.tokens += sum(int(_real(batch).sum()) for batch in batches)
         return batches, items
 
-    # --- devices: the model lies where the plan has put it, which need not be where the Trainer thinks ---
+    # --- devices: the first layers and the last may lie on different GPUs ---
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.model.get_input_embeddings().weight.device
