@@ -130,6 +130,36 @@ def test_another_model_of_the_same_folder_is_not_replaced(service: Service, hub:
     assert brought(service, "user/model:v2") == folder
 
 
+@pytest.mark.parametrize("own", [b"trained for a week", weights(seed=9)], ids=["another size", "the same size"])
+def test_what_was_not_downloaded_here_is_not_replaced(service: Service, hub: Hub, tmp_path: Path, own: bytes) -> None:  # noqa: F811
+    folder = tmp_path / "models" / "user_model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(own)
+    (folder / "config.json").write_bytes(config())  # as the Hub has it
+    try:
+        key = service.downloads.download("user/model").key
+        error = str(service.downloads.queue.wait_for(key).error)  # a file of the same size is hashed by the process
+    except UserError as at_once:
+        error = str(at_once)
+    assert error.startswith("model.safetensors in user_model was not downloaded here")
+    assert names_in(folder) == {"model.safetensors", "config.json"}
+    assert (folder / "model.safetensors").read_bytes() == own
+    assert hub.sent_bytes() == 0
+    (folder / "model.safetensors").unlink()
+    assert brought(service, "user/model") == folder
+    assert not hub.asked("/config.json")
+
+
+def test_an_update_replaces_no_file_of_somebodys_own(service: Service, hub: Hub) -> None:  # noqa: F811
+    folder = brought(service, "user/model")
+    (folder / "chat_template.jinja").write_text("mine")
+    branch = hub.repos["user/model"].branches
+    branch["main"] = {**tiny_files(), "chat_template.jinja": b"the Hub's"}
+    with pytest.raises(UserError, match=r"chat_template\.jinja in user_model was not downloaded here"):
+        service.shelf.update("user_model")
+    assert (folder / "chat_template.jinja").read_text() == "mine"
+
+
 def test_search_tells_what_fits(service: Service, hub: Hub) -> None:  # noqa: F811
     for name, count in (("small", 10**9), ("medium", 10**10), ("large", 10**12)):
         tensors = {"parameters": {"BF16": count}, "total": count}

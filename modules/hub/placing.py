@@ -13,12 +13,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from modules.errors import UserError
 from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile
 from modules.hub.job import Order
 
@@ -223,6 +224,19 @@ def _stale(order: Order, earlier: Record | None) -> set[str]:
     if earlier is None or earlier.commit == order.commit:
         return set()
     return {name for name in earlier.files if not name.endswith(".gguf")}
+
+
+def refuse_to_replace(order: Order, differs: Callable[[Path, RemoteFile], bool]) -> None:
+    """Raises UserError where the order would replace a file that no download has brought, and that ``differs``."""
+    target = Path(order.target)
+    record = read_record(target)
+    for file in order.files:
+        path = target / file.name
+        if not (record and file.name in record.files) and path.is_file() and differs(path, file):
+            raise UserError(
+                f"{file.name} in {order.name} was not downloaded here, is not what the Hub has, and would be replaced.",
+                f"Rename the folder {order.name}, or delete the file, and try again.",
+            )
 
 
 def stale_in(order: Order) -> list[str]:

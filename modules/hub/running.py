@@ -33,8 +33,8 @@ Told = Callable[[str, int], None]  # the stage in words ("" while bytes come), t
 def run(order: Order, told: Told, patience: Patience = PATIENT) -> None:
     """Do what ``order`` says. ``told`` is called from several threads.
 
-    Raises Busy where another process works on it, DiskFull, UserError for a folder that cannot be written to, and
-    what :meth:`Fetch.file` raises.
+    Raises Busy where another process works on it, DiskFull, UserError for a folder that cannot be written to or holds
+    files of somebody's own, and what :meth:`Fetch.file` raises.
     """
     check_names(order.repo, order.files)
     partial = Path(order.partial)
@@ -84,6 +84,7 @@ class _Run:
         placing.put_back(order)
         self._say("looking at what is here")
         missing = [file for file in order.files if not self._is_here(file)]
+        placing.refuse_to_replace(order, self._differs)
         if not missing and self._is_in_place():
             placing.write_record(Path(order.target), order, placing.read_record(Path(order.target)))
             for left in (Path(order.partial), placing.replaced_by(order)):
@@ -109,6 +110,11 @@ class _Run:
                 placing.link(source, place, stays=stays)
                 return True
         return False
+
+    def _differs(self, own: Path, file: RemoteFile) -> bool:
+        """Whether a file in the model's folder is not the Hub's. One that was linked a moment ago has been hashed."""
+        place = Path(self._order.partial, file.name)
+        return not (place.is_file() and os.path.samefile(own, place)) and not placing.is_whole(own, file)
 
     def _sources(self, file: RemoteFile) -> list[tuple[Path, bool, bool]]:
         """Where a copy may lie: in the model's folder, in the Hugging Face cache.

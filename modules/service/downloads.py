@@ -159,10 +159,13 @@ class Downloads:
         return size
 
     def check(self, offer: Offer) -> None:
-        """Raises UserError where nothing is chosen or the folder is another repository's, or not writable; DiskFull."""
+        """Raises UserError where nothing is chosen, where the folder is another repository's, holds files of somebody's
+        own or is not writable; DiskFull.
+        """
         if offer.choice.question:
             raise UserError(offer.choice.question, "Name it as the file.")
         _refuse_another(offer.order)
+        placing.refuse_to_replace(offer.order, _has_another_size)
         checks.check_room(Path(offer.order.target).parent, offer.missing_bytes)
 
     def describe(self, offer: Offer) -> tuple[ModelFacts, str, Fit] | None:
@@ -219,13 +222,17 @@ class Downloads:
         return self.queue.add(order)
 
     def update(self, folder: Path) -> Job:
-        """Bring a downloaded model to the commit that its branch has now; what has not changed is not fetched."""
+        """Bring a downloaded model to the commit that its branch has now; what has not changed is not fetched.
+
+        Raises what the Hub refuses with, and UserError as :func:`recorded` and for files of somebody's own.
+        """
         record = recorded(folder)
         ask = Ask(record.repo, record.revision)
         repository = self.hub.repository(ask)
         choice = choose_again(repository.name, repository.files, record.files, self._files_at(record))
         order = self._order(ask, repository, choice)
         order = replace(order, target=str(folder), partial=str(placing.partial_folder(folder.parent, "-")))
+        placing.refuse_to_replace(order, _has_another_size)
         checks.check_room(folder.parent, order.size_bytes - self._here(order))
         return self.queue.add(order)
 
@@ -288,6 +295,11 @@ def _refuse_another(order: Order) -> None:
             f"The folder {order.name} holds {Ask(record.repo, record.revision).name}, which would be replaced.",
             "Delete that model, or rename its folder, and try again.",
         )
+
+
+def _has_another_size(path: Path, file: RemoteFile) -> bool:
+    """What can be said at once; a file of the same size is hashed by the download's process."""
+    return path.stat().st_size != file.size
 
 
 def fits_roughly(weights_bytes: int, parameters: int, machine: Machine) -> str:
