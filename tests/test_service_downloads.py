@@ -22,7 +22,7 @@ from modules.service.downloads import fits_roughly
 from tests.conftest import wait_until
 from tests.hub.conftest import hub, online  # noqa: F401 (fixtures)
 from tests.hub_models import config, names_in, tiny_files, weights
-from tests.hub_server import Fault, Hub, Repo
+from tests.hub_server import TOKEN, Fault, Hub, Repo
 from tests.services import MACHINE, services
 
 LORA = {
@@ -189,6 +189,21 @@ def test_verify_repair_and_update(service: Service, hub: Hub) -> None:  # noqa: 
     assert (folder / "model.safetensors").read_bytes() == weights(seed=4)
     with pytest.raises(UserError, match="not known where demo is from"):
         shelf.verify("demo")
+
+
+def test_a_repair_asks_the_hub_in_use_whatever_a_copied_folder_says(
+    service: Service, hub: Hub, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    folder = brought(service, "user/model")
+    (folder / "config.json").write_text("damaged")
+    with Hub({"user/model": Repo({"main": tiny_files()})}) as stranger:
+        record = json.loads((folder / ".download.json").read_text())
+        (folder / ".download.json").write_text(json.dumps({**record, "endpoint": stranger.url}))
+        job = service.downloads.queue.wait_for(service.shelf.repair("user_model").key)
+        assert stranger.requests == []
+    assert (job.state, service.shelf.verify("user_model").broken) == (JobState.DONE, {})
+    assert job.notes == (f"It was downloaded from {stranger.url}; what is broken comes from {hub.url}.",)
 
 
 def test_an_update_brings_the_files_that_were_chosen(service: Service, hub: Hub) -> None:  # noqa: F811

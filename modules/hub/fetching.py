@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from modules.errors import BrokenDownload
 from modules.hub.choosing import RemoteFile
+from modules.hub.endpoint import token_for
 from modules.hub.job import Order
 from modules.hub.placing import PART, is_whole, new_hash
 from modules.hub.problems import Asked, explained, is_temporary, retry_after_s
@@ -100,7 +101,7 @@ class Fetch:
         wait = retry_after_s(error) or self.patience.wait_s * 2 ** (failures - 1)
         if not is_temporary(error) or failures >= self.patience.tries or wait > self.patience.longest_s:
             order = self.order
-            asked = Asked(order.repo, order.endpoint, order.revision, file.name, _has_token())
+            asked = Asked(order.repo, order.endpoint, order.revision, file.name, _has_token(order))
             raise explained(error, asked) from error
         self.said(f"the connection failed; trying again in {wait:.0f} s" if wait >= 1 else "")
         if self.stopped.wait(wait):
@@ -129,7 +130,8 @@ class Fetch:
 
         order = self.order
         url = hf_hub_url(order.repo, file.name, revision=order.commit, endpoint=order.endpoint)
-        headers = {**build_hf_headers(library_name="loadstone"), "Accept-Encoding": "identity"}
+        token = token_for(order.endpoint)
+        headers = {**build_hf_headers(token=token, library_name="loadstone"), "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
         # The session drops the token when a redirect leads to another host, port or scheme.
@@ -151,10 +153,10 @@ class Fetch:
                 self.moved(len(chunk))
 
 
-def _has_token() -> bool:
+def _has_token(order: Order) -> bool:
     from huggingface_hub import get_token
 
-    return get_token() is not None
+    return token_for(order.endpoint) is None and get_token() is not None
 
 
 def _check_length(response: Any, have: int, file: RemoteFile) -> None:
@@ -233,13 +235,15 @@ def fetch_by_xet(order: Order, file: RemoteFile, moved: Callable[[int], None]) -
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(order.repo, file.name, revision=order.commit, endpoint=order.endpoint)
-    metadata = get_hf_file_metadata(url, endpoint=order.endpoint)
+    token = token_for(order.endpoint)
+    metadata = get_hf_file_metadata(url, token=token, endpoint=order.endpoint)
     stored = metadata.xet_file_data
     if stored is None:
         raise BrokenDownload(f"{file.name} is larger than the Hub gives by HTTP, and not in Xet storage.")
 
     def bring(part: Path) -> None:
-        xet_get(incomplete_path=part, xet_file_data=stored, headers=build_hf_headers(), expected_size=file.size)
+        headers = build_hf_headers(token=token)
+        xet_get(incomplete_path=part, xet_file_data=stored, headers=headers, expected_size=file.size)
 
     bring_whole(order, file, moved, bring)
 

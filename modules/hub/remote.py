@@ -5,7 +5,6 @@ huggingface_hub is imported with the first question, not with this module: it ta
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from modules.errors import BrokenDownload, HubUnreachable
 from modules.hub.asking import Ask
 from modules.hub.choosing import RemoteFile
+from modules.hub.endpoint import endpoint_from_environment
 from modules.hub.problems import Asked, explained, is_temporary, retry_after_s
 
 T = TypeVar("T")
@@ -24,7 +24,6 @@ LIMIT_S = 20.0  # for one question, its repetitions apart
 TRIES = 3
 _LONGEST_WAIT_S = 10.0
 _MOST_SKIPPED_BYTES = 16 << 20  # read and thrown away, for a few bytes after them
-_PUBLIC = "https://huggingface.co"
 TASKS: Mapping[str, str] = {
     "text-generation": "Text generation",
     "text2text-generation": "Text to text",
@@ -36,11 +35,6 @@ SIZES: Mapping[str, str] = {
     "min:9B,max:35B": "9 to 35 B", "min:35B": "35 B and more",
 }  # fmt: skip
 SORTS: Mapping[str, str] = {"downloads": "most downloaded", "last_modified": "latest", "likes": "most liked"}
-
-
-def endpoint_from_environment() -> str:
-    """HF_ENDPOINT (a mirror), or the public Hub."""
-    return (os.environ.get("HF_ENDPOINT") or _PUBLIC).rstrip("/")
 
 
 @dataclass(frozen=True)

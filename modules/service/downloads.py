@@ -216,10 +216,14 @@ class Downloads:
         return {Path(job.order.target) for job in self.queue.jobs() if job.state.is_open}
 
     def repair(self, folder: Path) -> Job:
-        """Fetch again what of a downloaded model is missing or damaged. Raises UserError as :func:`recorded`."""
-        order = replace(self.recorded_order(folder), check_all=True)
+        """Fetch again what of a downloaded model is missing or damaged. Raises UserError as :func:`recorded`.
+
+        The Hub in use is asked, whatever the record says: a folder that was copied here brings its record along.
+        """
+        order, source = replace(self.recorded_order(folder), check_all=True), recorded(folder).endpoint
         checks.check_room(folder.parent, 0)
-        return self.queue.add(order)
+        note = f"It was downloaded from {source}; what is broken comes from {order.endpoint}."
+        return self.queue.add(order, (note,) if source != order.endpoint else ())
 
     def update(self, folder: Path) -> Job:
         """Bring a downloaded model to the commit that its branch has now; what has not changed is not fetched.
@@ -250,12 +254,12 @@ class Downloads:
         return now if now != record.commit else ""
 
     def recorded_order(self, folder: Path) -> Order:
-        """The order that would bring the same files of the same commit again. Raises UserError."""
+        """The order that would bring the same files of the same commit again, from the Hub in use. Raises UserError."""
         record = recorded(folder)
         kind = "lora" if folder.parent == self._roots["lora"] else "model"
         return Order(
             record.repo, record.revision, record.commit, kind, tuple(record.files.values()),  # type: ignore[arg-type]
-            target=str(folder), partial=str(placing.partial_folder(folder.parent, "-")), endpoint=record.endpoint,
+            target=str(folder), partial=str(placing.partial_folder(folder.parent, "-")), endpoint=self.hub.endpoint,
         )  # fmt: skip
 
     # --- the token ---

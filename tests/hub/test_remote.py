@@ -67,6 +67,7 @@ def test_every_refusal_is_another_sentence(closed: Hub, monkeypatch: pytest.Monk
 
 def test_with_the_right_token_all_of_it_comes(closed: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", closed.url)
     for name in ("gated", "private"):
         order = order_for(closed, tmp_path, f"user/{name}")
         run(order, lambda stage, done: None, QUICK)
@@ -75,6 +76,7 @@ def test_with_the_right_token_all_of_it_comes(closed: Hub, tmp_path: Path, monke
 
 def test_the_token_goes_to_no_other_host(closed: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", closed.url)
     with Hub() as stranger:
         closed.faults = {"tokenizer_config.json": [Fault(redirect=f"{stranger.url}/api/whoami-v2")]}
         order = order_for(closed, tmp_path, "user/private")
@@ -86,6 +88,16 @@ def test_the_token_goes_to_no_other_host(closed: Hub, tmp_path: Path, monkeypatc
     assert closed.asked("model.safetensors", cdn=True)
     assert all("authorization" not in request.headers for request in closed.asked(cdn=True))
     assert all(request.headers["authorization"] == f"Bearer {TOKEN}" for request in closed.asked(cdn=False))
+
+
+def test_the_token_goes_to_no_hub_but_the_one_in_use(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an order may name it that was begun with another HF_ENDPOINT."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    order = order_for(hub, tmp_path)
+    hub.requests.clear()
+    run(order, lambda stage, done: None, QUICK)
+    assert_whole(hub, order)
+    assert all("authorization" not in request.headers for request in hub.requests)
 
 
 def test_a_renamed_repository_is_followed_and_said(hub: Hub, tmp_path: Path) -> None:
