@@ -27,6 +27,8 @@ from modules.errors import (
 from modules.protocol import LoadOrder
 
 _GIB = 1024**3
+# What CUDA and its libraries say where they find no memory beside the allocator's: for a context, a kernel, a handle.
+_GPU_FULL = re.compile(r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|CU\w+_STATUS_ALLOC_FAILED")
 
 
 def translate(exc: BaseException, order: LoadOrder) -> LoadstoneError:
@@ -63,7 +65,8 @@ def _first_line(exc: BaseException) -> str:
 def _out_of_memory(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
     text = str(exc)
     ram = isinstance(exc, MemoryError) or "DefaultCPUAllocator: can't allocate" in text
-    if not ram and not isinstance(exc, torch.OutOfMemoryError):
+    gpu = isinstance(exc, torch.OutOfMemoryError) or _GPU_FULL.search(text) is not None
+    if not ram and not gpu:
         return None
     fix: dict[str, Any] = {}
     quantized = order.quantization or order.options.load_in_4bit

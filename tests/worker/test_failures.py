@@ -75,6 +75,29 @@ def test_a_gpu_that_is_full() -> None:
     assert "2.50 GiB" in error.message
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=str,
+)
+def test_a_gpu_without_room_for_what_no_allocator_hands_out(raised: Exception) -> None:
+    error = translate(raised, order())
+    assert isinstance(error, OutOfMemory)
+    assert "A GPU's memory ran out" in error.message
+    assert error.fix == {"load_in_4bit": True, "load_in_8bit": False}
+
+
+def test_another_error_of_a_gpu_is_not_taken_for_a_full_one() -> None:
+    error = translate(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), order())
+    assert not isinstance(error, OutOfMemory)
+
+
 def test_a_process_with_too_little_ram_says_so(demo_model: Path, tmp_path: Path) -> None:
     """A real load in a real process whose address space ends before the weights do."""
     code = f"""
