@@ -123,6 +123,7 @@ DAMAGES: dict[str, tuple[Damage, type[AdapterError], str]] = {
     "no kind": (reconfigure(peft_type=None), AdapterError, "kind None"),
     "biases": (reconfigure(bias="all"), AdapterError, "biases"),
     "changed base weights": (reconfigure(init_lora_weights="pissa"), AdapterError, "pissa"),
+    "repeated layers": (reconfigure(layer_replication=[[0, 2], [1, 2]]), AdapterError, "repeats layers"),
     "a rank of words": (reconfigure(r="eight"), AdapterError, ""),
 }
 
@@ -132,10 +133,10 @@ def test_a_damaged_lora_is_refused_and_nothing_changes(one: Adapted, good: Path,
     damage, kind, words = DAMAGES[name]
     folder = checkpoints.copied(good, tmp_path / "damaged")
     damage(folder)
-    with one.unchanged(), pytest.raises(kind, match=words) as refused:
+    with one.unchanged(), pytest.raises(kind, match=words or None) as refused:
         one.adapters.apply((loras.choice(good), loras.choice(folder)))  # the good one beside it does not help
     assert refused.value.hint
-    with one.unchanged(), pytest.raises(kind, match=words), one.adapters.using((loras.choice(folder),)):
+    with one.unchanged(), pytest.raises(kind, match=words or None), one.adapters.using((loras.choice(folder),)):
         pass
 
 

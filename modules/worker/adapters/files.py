@@ -129,6 +129,11 @@ def _config(name: str, data: dict[str, Any]) -> PeftConfig:
             f"{name} starts from changed base weights (init_lora_weights={init!r}), which could not be taken back.",
             "Convert it to a plain LoRA: peft's save_pretrained does with path_initial_model_for_weight_conversion.",
         )
+    if data.get("layer_replication"):
+        raise AdapterError(
+            f"{name} repeats layers of the base model (layer_replication), which could not be taken back.",
+            "Merge it with peft into a model of its own.",
+        )
     if more := [key for key in _NEEDS_MORE if data.get(key)]:
         raise AdapterError(f"{name} needs a special way to generate ({more[0]}), which there is none of here.")
     return _parsed(name, data)
