@@ -151,13 +151,18 @@ def _adapter_layers(model: Any) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
+    within = "\n"  # no module's name begins so
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not name.startswith(within):
             yield name, module
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                within = f"{name}."  # what it has of peft's layers goes with it
 
 
 def _merged(model: Any, name: str, layer: Any) -> Any:
     """The plain module that computes what ``layer`` does."""
+    if hasattr(layer, "token_adapter"):
+        return _with_tokens(layer)
     if not hasattr(layer, "get_base_layer"):
         whole = getattr(layer, "modules_to_save", {})
         return whole[layer.active_adapters[0]] if layer.active_adapters else layer.original_module
@@ -169,6 +174,17 @@ def _merged(model: Any, name: str, layer: Any) -> Any:
         base.float()
         layer.merge(safe_merge=True, adapter_names=acting)
         base.to(dtype)
+    return base
+
+
+def _with_tokens(layer: Any) -> Any:
+    """The embedding (or the output layer tied to it) with the rows that were trained (trainable_token_indices)."""
+    import torch
+
+    base, acting = layer.original_module, layer.active_adapters
+    if acting:
+        weight = layer.token_adapter.get_merged_weights(acting).detach().to(base.weight.dtype)
+        base.weight = torch.nn.Parameter(weight, requires_grad=False)
     return base
 
 

@@ -107,6 +107,7 @@ def tied() -> Path:
     [
         {"target_modules": ["lm_head", "q_proj"]},
         {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 5, 7], "target_modules": ["q_proj"]},
         {"use_dora": True, "use_rslora": True},
         {"kind": "LoHaConfig"},
     ],
