@@ -144,12 +144,12 @@ def _from_file(path: str) -> list[Credential]:
         return []
     flag = SERVER_OPTIONS["gradio_auth_path"].flag
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()  # editors may begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{flag}: {path} cannot be read: {error}.") from None
     found = []
     for number, line in enumerate((line.strip() for line in lines), 1):
-        user, colon, secret = line.partition(":")
+        user, colon, secret = (part.strip() for part in line.partition(":"))  # the login page leaves blanks out, too
         if not line or line.startswith("#"):
             continue
         if not (user and colon and secret):

@@ -49,6 +49,14 @@ def test_no_password_is_made_where_there_is_one(options: dict[str, object]) -> N
     assert (bool(credentials), made) == (True, "")
 
 
+def test_a_file_as_editors_leave_it(tmp_path: Path) -> None:
+    file = tmp_path / "auth"
+    file.write_text("ann : secret \nbob: other\n", encoding="utf-8-sig")  # with a mark of its encoding in front
+    credentials, _ = from_options(ServerOptions(gradio_auth_path=str(file)))
+    for user, secret in (("ann", "secret"), ("bob", "other")):
+        assert credentials.role(secret, user) is not None
+
+
 def test_roles(tmp_path: Path) -> None:
     file = tmp_path / "auth"
     file.write_text("# the family\nann:a,b:c\n\n")
