@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,8 @@ def _convert(source: Path, folder: Path, progress: Callable[[str], None]) -> Non
             status = child.wait()
         finally:
             child.kill()
+            child.wait()
+            shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # where it was killed
         if status:
             log.seek(0)
             raise WorkerCrashed(

@@ -34,6 +34,19 @@ def test_it_is_converted_once_and_found_afterwards(tmp_path: Path) -> None:
     assert said == []
 
 
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "models"
+
+    def pressed(*_: object) -> None:  # while the child is writing
+        (models / f"{demo.DEMO_MODEL}.partial").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_follow", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        demo.bring(models, lambda _: None)
+    assert not list(models.glob("[!.]*"))
+
+
 def test_without_a_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "MODULE", "loadstone_has_no_such_module")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
