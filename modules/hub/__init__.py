@@ -1,6 +1,6 @@
 """The Hugging Face Hub: search, ask what a repository holds, choose its files, download them, keep what is here."""
 
-from modules.hub.asking import Ask, looks_like_a_name, parse
+from modules.hub.asking import Ask, is_address, looks_like_a_name, parse
 from modules.hub.choosing import Choice, RemoteFile, choose, choose_again
 from modules.hub.job import Job, JobState, Order
 from modules.hub.queue import DownloadQueue
@@ -22,6 +22,7 @@ __all__ = [
     "Repository",
     "choose",
     "choose_again",
+    "is_address",
     "looks_like_a_name",
     "parse",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from modules.errors import UserError
+from modules.hub.endpoint import PUBLIC_HOSTS, path_on_hub
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+@-]{0,254}")
@@ -41,10 +42,15 @@ def parse(text: str, pattern: str = "") -> Ask:
     ``pattern`` (a file's name or a glob) goes before a file in a pasted address.
     """
     cleaned = text.strip().strip("<>\"'").strip()
-    if "://" in cleaned or cleaned.startswith(("huggingface.co/", "hf.co/", "www.huggingface.co/")):
+    if is_address(cleaned):
         return _of_address(cleaned, pattern.strip())
     repo, _, revision = cleaned.partition(":")
     return _checked(repo, revision.strip() or MAIN, pattern.strip(), text)
+
+
+def is_address(text: str) -> bool:
+    """Whether ``text`` is the address of a page, on whatever host."""
+    return "://" in text or text.startswith(tuple(f"{host}/" for host in PUBLIC_HOSTS))
 
 
 def looks_like_a_name(text: str) -> bool:
@@ -57,11 +63,7 @@ def looks_like_a_name(text: str) -> bool:
 
 
 def _of_address(address: str, pattern: str) -> Ask:
-    url = urlsplit(address if "://" in address else f"https://{address}")
-    if url.scheme not in ("http", "https", "hf"):
-        raise UserError(f"{address!r} is no address of the Hub.", "Give user/model, or the address of its page.")
-    path = url.netloc + url.path if url.scheme == "hf" else url.path
-    parts = [unquote(part) for part in path.split("/") if part]
+    parts = [unquote(part) for part in _path(address).split("/") if part]
     if parts and parts[0] == "models":
         parts = parts[1:]
     if parts and parts[0] in _OTHER_KINDS:
@@ -78,6 +80,22 @@ def _of_address(address: str, pattern: str) -> Ask:
         if revision == "refs" and len(rest) >= 4:  # refs/pr/3
             revision, file = "/".join(rest[1:4]), "/".join(rest[4:])
     return _checked(repo, revision, pattern or file, address)
+
+
+def _path(address: str) -> str:
+    """What follows the Hub's name. Raises UserError for an address of another host: its foo/bar is another model."""
+    try:
+        url = urlsplit(address if "://" in address else f"https://{address}")
+        own = url.netloc + url.path if url.scheme == "hf" else None
+        path = path_on_hub(url) if url.scheme in ("http", "https") else own
+    except ValueError:  # brackets that do not close
+        path = None
+    if path is None:
+        raise UserError(
+            f"{address!r} is no address of the Hub.",
+            "Give user/model, or the address of its page. Of a mirror: start with HF_ENDPOINT set to it.",
+        )
+    return path
 
 
 def _checked(repo: str, revision: str, pattern: str, text: str) -> Ask:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from modules.hub import SIZES, SORTS, TASKS, Job, JobState, looks_like_a_name
+from modules.hub import SIZES, SORTS, TASKS, Job, JobState, is_address, looks_like_a_name
 from modules.hub.words import job_in_words
 from modules.service import Service
 from modules.service.downloads import Offer, Result
@@ -130,7 +130,7 @@ def _slot(place: int) -> JobSlot:
 
 
 def is_search(text: str) -> bool:
-    return bool(text.strip()) and not looks_like_a_name(text)
+    return bool(text.strip()) and not looks_like_a_name(text) and not is_address(text)
 
 
 def offer_updates(offer: Offer, asked: str) -> list[Any]:

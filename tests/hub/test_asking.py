@@ -28,7 +28,7 @@ from modules.hub import Ask, looks_like_a_name, parse
         ("https://huggingface.co/user/model/resolve/dev/x/y.json?download=true", Ask("user/model", "dev", "x/y.json")),
         ("https://huggingface.co/user/model/blob/refs/pr/7/a.gguf", Ask("user/model", "refs/pr/7", "a.gguf")),
         ("https://huggingface.co/user/model/discussions/4", Ask("user/model")),
-        ("http://127.0.0.1:8000/user/model#readme", Ask("user/model")),
+        ("https://HuggingFace.co/user/model#readme", Ask("user/model")),
         ("hf://user/model@dev", Ask("user/model", "dev")),
         ("<https://huggingface.co/user/model>", Ask("user/model")),
     ],
@@ -51,6 +51,12 @@ def test_names_and_addresses(text: str, ask: Ask) -> None:
         ("user/model:../x", "is no branch"),
         ("https://huggingface.co/datasets/user/data", "not a model"),
         ("ftp://huggingface.co/user/model", "no address of the Hub"),
+        ("https://github.com/user/model", "no address of the Hub"),
+        ("https://modelscope.cn/models/user/model", "no address of the Hub"),
+        ("https://huggingface.co.example/user/model/blob/main/a.gguf", "no address of the Hub"),
+        ("https://huggingface.co@example.org/user/model", "no address of the Hub"),
+        ("http://127.0.0.1:8000/user/model", "no address of the Hub"),
+        ("https://[huggingface.co/user/model", "no address of the Hub"),
     ],
 )
 def test_what_names_nothing_is_refused(text: str, words: str) -> None:
@@ -60,6 +66,15 @@ def test_what_names_nothing_is_refused(text: str, words: str) -> None:
     assert not looks_like_a_name(text)
     with pytest.raises(UserError, match=words):
         parse(text)
+
+
+@pytest.mark.parametrize("mirror", ["http://127.0.0.1:8000", "http://127.0.0.1:8000/hf/"])
+def test_an_address_of_the_mirror_in_use(mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", mirror)
+    assert parse(f"{mirror.rstrip('/')}/user/model/tree/dev") == Ask("user/model", "dev")
+    assert parse("https://huggingface.co/user/model") == Ask("user/model")
+    with pytest.raises(UserError, match="HF_ENDPOINT"):
+        parse("http://127.0.0.1:8001/user/model")
 
 
 def test_a_pattern_goes_before_the_file_of_an_address() -> None:
