@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from modules.errors import HubTokenRefused, UserError
 from modules.hub.remote import Hub
@@ -29,8 +30,12 @@ def status() -> TokenStatus:
 
     if not (token := get_token()):
         return TokenStatus()
-    variable = next((name for name in _VARIABLES if os.environ.get(name)), "")
-    return TokenStatus(masked(token), variable or "the login of this machine")
+    return TokenStatus(masked(token), _variable() or "the login of this machine")
+
+
+def _variable() -> str:
+    """The variable of the environment whose token is in use; "" where none is."""
+    return next((name for name in _VARIABLES if os.environ.get(name)), "")
 
 
 def masked(token: str) -> str:
@@ -46,7 +51,7 @@ def save(hub: Hub, token: str) -> str:
     cleaned = token.strip()
     if not cleaned or any(character.isspace() for character in cleaned):
         raise UserError("This is no token.", "Copy one from the Hub's settings: it begins with hf_.")
-    if variable := next((name for name in _VARIABLES if os.environ.get(name)), ""):
+    if variable := _variable():
         raise UserError(f"The token of {variable} is in use.", f"Start without {variable} to use another one.")
     owner = hub.whoami(cleaned)  # first, since login's own question has no errors of ours
     from huggingface_hub import login
@@ -56,16 +61,24 @@ def save(hub: Hub, token: str) -> str:
 
 
 def forget() -> None:
-    """Remove the kept token of this machine's user. Raises UserError where one from the environment stays."""
-    from huggingface_hub import get_token, logout
+    """Remove the token in use from this machine, and no other login. Raises UserError where it is the environment's."""
+    if variable := _variable():
+        raise UserError(f"The token of {variable} is in use.", f"Unset {variable} and start again to be without it.")
+    from huggingface_hub import constants, get_token, logout
     from huggingface_hub.utils import get_stored_tokens
 
     active = get_token()
     name = next((name for name, token in get_stored_tokens().items() if token == active), None)
     try:
-        logout(name)
-    except OSError:
-        raise UserError("The kept token is removed; the one in the environment stays.", "Unset HF_TOKEN.") from None
+        if name is None:  # logout() without a name removes every login, kept under whatever name
+            Path(constants.HF_TOKEN_PATH).unlink(missing_ok=True)
+        else:
+            logout(name)
+    except OSError as error:  # of the disk, or there is no git, which logout() asks after the token is gone
+        if get_token() == active:
+            raise UserError(
+                f"The token cannot be removed: {error.strerror or error}.", f"Remove it from {constants.HF_TOKEN_PATH}."
+            ) from None
 
 
 def tested(hub: Hub) -> str:

@@ -208,3 +208,41 @@ def test_the_token_of_the_environment_goes_first(hub: Hub, monkeypatch: pytest.M
     assert tokens.tested(Remote(hub.url)) == "stranger"
     with pytest.raises(UserError, match="The token of HF_TOKEN is in use"):
         tokens.save(Remote(hub.url), TOKEN)
+
+
+@pytest.fixture
+def logins() -> Path:
+    """Two logins of this machine's user, the second in use; the file that keeps them."""
+    from huggingface_hub import constants
+
+    stored = Path(constants.HF_STORED_TOKENS_PATH)
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    stored.write_text(f"[personal]\nhf_token = {OTHER_TOKEN}\n[work]\nhf_token = {TOKEN}\n")
+    Path(constants.HF_TOKEN_PATH).write_text(TOKEN)
+    return stored
+
+
+def test_forgetting_the_token_leaves_the_other_logins(logins: Path) -> None:
+    tokens.forget()
+    assert not tokens.status().is_there
+    assert (OTHER_TOKEN in logins.read_text(), TOKEN in logins.read_text()) == (True, False)
+    tokens.forget()  # of which there is none any more
+    assert OTHER_TOKEN in logins.read_text()
+
+
+def test_a_token_without_a_name_is_forgotten_alone(logins: Path) -> None:
+    logins.with_name("token").write_text("hf_ofanolderlogin0000")
+    kept = logins.read_text()
+    tokens.forget()
+    assert not tokens.status().is_there
+    assert logins.read_text() == kept
+
+
+def test_a_token_of_the_environment_is_not_forgotten(logins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_ofanotherlogin0000")
+    kept = logins.read_text()
+    with pytest.raises(UserError, match="The token of HF_TOKEN is in use"):
+        tokens.forget()
+    assert logins.read_text() == kept
+    monkeypatch.delenv("HF_TOKEN")
+    assert tokens.status().masked == f"hf_…{TOKEN[-4:]}"
