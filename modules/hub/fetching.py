@@ -184,6 +184,7 @@ class _Sink:
     def _begin(self, have: int) -> None:
         self._hash = new_hash(self._file)
         self._chunks: queue.Queue[bytes | None] = queue.Queue(_QUEUED_CHUNKS)
+        self._failed: Exception | None = None
         self._thread: threading.Thread | None = None
         if self._file.size > _HASHED_ASIDE_BYTES:
             self._thread = threading.Thread(target=self._hash_all, args=(have,), name="hash", daemon=True)
@@ -198,11 +199,19 @@ class _Sink:
                 have -= len(chunk)
 
     def _hash_all(self, have: int) -> None:
-        self._hash_prefix(have)
-        while (chunk := self._chunks.get()) is not None:
-            self._hash.update(chunk)
+        try:
+            self._hash_prefix(have)
+            while (chunk := self._chunks.get()) is not None:
+                self._hash.update(chunk)
+        except Exception as error:  # the disk's: the part cannot be read any more
+            self._failed = error
+            while self._chunks.get() is not None:  # whoever writes may be waiting for room
+                pass
 
     def write(self, chunk: bytes) -> None:
+        """Raises OSError of the disk, also where what was there before cannot be read."""
+        if self._failed:
+            raise self._failed
         view = memoryview(chunk)
         while view:  # an unbuffered file may take a part
             view = view[self._stream.write(view) :]
@@ -217,11 +226,13 @@ class _Sink:
         self._begin(0)
 
     def finish(self) -> str:
-        """The hash of all that has been written."""
+        """The hash of all that has been written. Raises what kept the thread from hashing it."""
         if self._thread:
             self._chunks.put(None)
             self._thread.join()
             self._thread = None
+        if self._failed:
+            raise self._failed
         return str(self._hash.hexdigest())
 
 

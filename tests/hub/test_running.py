@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import random
 import subprocess
 import threading
@@ -305,3 +307,28 @@ def test_a_server_without_ranges_begins_anew(hub: Hub, tmp_path: Path, size: int
     assert_whole(hub, order)
     assert told[-1][1] == order.size_bytes
     assert hub.sent_bytes("model.safetensors") == 30_000 + size
+
+
+def test_a_part_that_cannot_be_read_any_more_is_an_error(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that hashes gives up before more comes than may wait for it."""
+    data = random.Random(3).randbytes(30_000_000)
+    hub.repos["user/big"] = Repo({"main": {**tiny_files(), "model.safetensors": data}})
+    order = order_for(hub, tmp_path, "user/big")
+
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("modules.hub.fetching._Sink._hash_prefix", unreadable)
+    said: list[UserError] = []
+
+    def fetch_it() -> None:
+        with pytest.raises(UserError, match="Input/output error") as raised:
+            fetch(order)
+        said.append(raised.value)
+
+    thread = threading.Thread(target=fetch_it, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert said
