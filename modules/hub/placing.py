@@ -19,8 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from modules.errors import UserError
-from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile
+from modules.errors import UnsafeCheckpoint, UserError
+from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile, check_names
 from modules.hub.job import Order
 
 RECORD = ".download.json"  # hidden: no scan of a folder takes it for a part of the model
@@ -47,13 +47,17 @@ def partial_folder(root: Path, key: str) -> Path:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record beside a model; None where there is none, or it is damaged."""
+    """The record beside a model; None where there is none, or it is damaged, or names files outside of the folder."""
     try:
         data = json.loads((folder / RECORD).read_bytes())
-        files = {name: RemoteFile(**file) for name, file in data.pop("files").items()}
-        return Record(**data, files=files)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        files = [RemoteFile(**file) for file in data.pop("files").values()]
+        check_names(folder.name, files)
+        record = Record(**data, files={file.name: file for file in files})
+        texts = (record.repo, record.revision, record.commit, record.endpoint, *(file.hash for file in files))
+        whole = all(isinstance(text, str) for text in texts) and all(type(file.size) is int for file in files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, UnsafeCheckpoint):
         return None
+    return record if whole else None
 
 
 def write_record(folder: Path, order: Order, earlier: Record | None = None) -> None:

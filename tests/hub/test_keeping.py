@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def test_the_last_gguf_file_takes_its_folder_along(hub: Hub, tmp_path: Path) -> 
     assert set(record.files) == {"b.gguf"}
     keeping.remove(folder / "b.gguf", tmp_path)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("named", ["../outside.txt", "/etc/hostname", ""])
+def test_a_record_that_names_files_elsewhere_is_none(model: Path, named: str) -> None:
+    """As one may that a copied folder brings: what it names is verified, and removed with the model."""
+    record = json.loads((model / ".download.json").read_text())
+    record["files"]["config.json"]["name"] = named
+    (model / ".download.json").write_text(json.dumps(record))
+    assert read_record(model) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("commit", 5), ("repo", None), ("files", {"a": {"name": "a", "size": "b"}})]
+)
+def test_a_damaged_record_is_none(model: Path, key: str, value: object) -> None:
+    record = json.loads((model / ".download.json").read_text())
+    (model / ".download.json").write_text(json.dumps({**record, key: value}))
+    assert read_record(model) is None
 
 
 def test_duplicates_are_named_and_links_are_none(model: Path, tmp_path: Path) -> None:
