@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from modules.errors import UserError
 from modules.hub import placing
 from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile
 
 _TRASH = "removed"
+_MARK = "[0-9a-f]" * 8  # of the names of what is being removed, as a glob
+_MAX_TIME_S = 1e11  # since the epoch: the year 5138; what a library.json says beyond that is damage
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,10 @@ def size_of(path: Path) -> int:
 def remove(path: Path, root: Path) -> None:
     """Delete a model: it is moved aside first, so that no half of it is ever offered. Raises UserError.
 
-    Of a link only the link goes.
+    Of a link only the link goes. With the last GGUF file of a folder goes what was downloaded beside it.
     """
-    trash = root / ".cache" / _TRASH
-    aside = trash / f"{path.name}.{uuid.uuid4().hex[:8]}"
     try:
-        trash.mkdir(parents=True, exist_ok=True)
-        path.rename(aside)
+        aside = _moved_aside(path, root)
     except OSError as error:
         raise UserError(
             f"{path.name} cannot be deleted: {error.strerror}.", "Check the folder's permissions."
@@ -82,18 +81,45 @@ def remove(path: Path, root: Path) -> None:
         aside.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             placing.drop_from_record(path.parent, path.name)
+            if path.parent != root and not _holds_weights(path.parent):
+                _drop_what_was_downloaded(path.parent)
     else:
         shutil.rmtree(aside, ignore_errors=True)
-    _drop_empty_parent(path, root)
+    if path.parent != root:
+        _drop_if_empty(path.parent)
 
 
-def _drop_empty_parent(path: Path, root: Path) -> None:
-    """The folder that held the last of its GGUF files is of no use any more."""
-    parent = path.parent
-    if parent != root and not [name for name in os.listdir(parent) if name != placing.RECORD and not name.endswith(
-        (".json", ".md", ".txt")
-    )]:  # fmt: skip
-        shutil.rmtree(parent, ignore_errors=True)
+def _moved_aside(path: Path, root: Path) -> Path:
+    """Where the model is now: with what else is being removed, or hidden beside its place, if that is another disk."""
+    trash, mark = root / ".cache" / _TRASH, uuid.uuid4().hex[:8]
+    trash.mkdir(parents=True, exist_ok=True)
+    try:
+        return path.rename(trash / f"{path.name}.{mark}")
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return path.rename(path.with_name(f".{path.name}{placing.REMOVED}-{mark}"))
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(path.suffix in WEIGHT_ENDINGS for path in folder.rglob("*"))
+
+
+def _drop_what_was_downloaded(folder: Path) -> None:
+    """Remove the files that the record names, and the record. Raises OSError."""
+    if (record := placing.read_record(folder)) is None:
+        return
+    paths = [folder / name for name in record.files]
+    for path in (*paths, folder / placing.RECORD):
+        path.unlink(missing_ok=True)
+    inner = {place for path in paths for place in path.parents if folder in place.parents}
+    for place in sorted(inner, key=lambda place: -len(place.parts)):
+        _drop_if_empty(place)
+
+
+def _drop_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def empty_trash(root: Path) -> None:
@@ -101,6 +127,10 @@ def empty_trash(root: Path) -> None:
     trash = root / ".cache" / _TRASH
     if trash.is_dir():
         shutil.rmtree(trash, ignore_errors=True)
+    name = f".*{placing.REMOVED}-{_MARK}"
+    for left in (*root.glob(f"*/{name}"), *root.glob(f"*/*/{name}")):  # in folders that are on other disks
+        with contextlib.suppress(OSError):
+            placing.remove_tree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -162,39 +192,56 @@ class Marks:
         self._lock = threading.Lock()
 
     def favourites(self) -> frozenset[str]:
-        return frozenset(self._read()["favourites"])
+        return frozenset(self._read().favourites)
 
     def last_used(self) -> dict[str, float]:
         """Model name → seconds since the epoch."""
-        return {str(name): float(when) for name, when in self._read()["last_used"].items()}
+        return self._read().last_used
 
     def set_favourite(self, name: str, on: bool) -> None:
         with self._lock:
-            data = self._read()
-            data["favourites"] = sorted({*data["favourites"], name} - (set() if on else {name}))
-            self._write(data)
+            marks = self._read()
+            marks.favourites = sorted({*marks.favourites, name} - (set() if on else {name}))
+            self._write(marks)
 
     def used(self, name: str, when: float) -> None:
         with self._lock:
-            data = self._read()
-            data["last_used"][name] = round(when)
-            self._write(data)
+            marks = self._read()
+            marks.last_used[name] = round(when)
+            self._write(marks)
 
     def forget(self, name: str) -> None:
         with self._lock:
-            data = self._read()
-            data["favourites"] = [other for other in data["favourites"] if other != name]
-            data["last_used"].pop(name, None)
-            self._write(data)
+            marks = self._read()
+            marks.favourites = [other for other in marks.favourites if other != name]
+            marks.last_used.pop(name, None)
+            self._write(marks)
 
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, TypeError):
+    def _read(self) -> _Marks:
+        """What the file holds of names and times, and nothing else: whatever it is, the list of models is shown."""
+        data: object = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             data = json.loads(self._path.read_bytes())
-            if isinstance(data.get("favourites"), list) and isinstance(data.get("last_used"), dict):
-                return dict(data)
-        return {"favourites": [], "last_used": {}}
+        held = data if isinstance(data, dict) else {}
+        favourites, last_used = held.get("favourites"), held.get("last_used")
+        return _Marks(
+            [name for name in favourites if isinstance(name, str)] if isinstance(favourites, list) else [],
+            {name: float(when) for name, when in last_used.items() if _is_time(when)}
+            if isinstance(last_used, dict)
+            else {},
+        )
 
-    def _write(self, data: Mapping[str, Any]) -> None:
+    def _write(self, marks: _Marks) -> None:
         """Marks are worth no error: a folder that cannot be written to keeps none."""
         with contextlib.suppress(OSError):
-            placing.write_json(self._path, data)
+            placing.write_json(self._path, asdict(marks))
+
+
+@dataclass
+class _Marks:
+    favourites: list[str]
+    last_used: dict[str, float]
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MAX_TIME_S

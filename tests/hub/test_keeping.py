@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,25 @@ def test_the_last_gguf_file_takes_its_folder_along(hub: Hub, tmp_path: Path) -> 
     assert not folder.exists()
 
 
+def test_with_the_last_gguf_file_goes_nothing_that_was_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["user/model"].branches["main"] = {"a.gguf": b"GGUF" * 2000, "README.md": b"x", "docs/more.md": b"y"}
+    run(order_for(hub, tmp_path, pattern="*"), lambda stage, done: None, QUICK)
+    folder = tmp_path / "user_model"
+    (folder / "my-prompts.txt").write_text("mine")
+    keeping.remove(folder / "a.gguf", tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["my-prompts.txt"]
+
+
+def test_of_an_owners_last_model_the_owners_folder_goes_where_nothing_is_in_it(tmp_path: Path) -> None:
+    for name in ("org/model", "other/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for name in ("org/model", "other/model"):
+        keeping.remove(tmp_path / name, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["other"]
+    assert (tmp_path / "other" / "notes.txt").is_file()
+
+
 @pytest.mark.parametrize("named", ["../outside.txt", "/etc/hostname", ""])
 def test_a_record_that_names_files_elsewhere_is_none(model: Path, named: str) -> None:
     """As one may that a copied folder brings: what it names is verified, and removed with the model."""
@@ -90,6 +111,31 @@ def test_a_damaged_record_is_none(model: Path, key: str, value: object) -> None:
     record = json.loads((model / ".download.json").read_text())
     (model / ".download.json").write_text(json.dumps({**record, key: value}))
     assert read_record(model) is None
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder on another disk than ``tmp_path``: in memory."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other disk here")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_a_model_on_another_disk_is_deleted(tmp_path: Path, other_disk: Path) -> None:
+    """Of a folder of models to which a link leads."""
+    (tmp_path / "hdd").symlink_to(other_disk, target_is_directory=True)
+    (other_disk / "model").mkdir()
+    for name in ("model/config.json", "single.gguf", "notes.txt"):
+        (other_disk / name).write_text("x")
+    keeping.remove(tmp_path / "hdd" / "model", tmp_path)
+    keeping.remove(tmp_path / "hdd" / "single.gguf", tmp_path)
+    assert [path.name for path in other_disk.iterdir()] == ["notes.txt"]
+    left = other_disk / ".model.removed-0123abcd"  # by a server that was ended meanwhile
+    left.mkdir()
+    keeping.empty_trash(tmp_path)
+    assert [path.name for path in other_disk.iterdir()] == ["notes.txt"]
 
 
 def test_duplicates_are_named_and_links_are_none(model: Path, tmp_path: Path) -> None:
