@@ -17,12 +17,15 @@ from fastapi.testclient import TestClient
 from modules import api
 from modules.errors import DiskFull, ModelInUse, NotOnHub, UserError
 from modules.hub import JobState
+from modules.options import LoadOptions
+from modules.protocol import LoadOrder
 from modules.service import Service
 from modules.service.downloads import fits_roughly
+from modules.service.shelf import Shelf
 from tests.conftest import wait_until
 from tests.hub.conftest import hub, online  # noqa: F401 (fixtures)
 from tests.hub_models import config, names_in, tiny_files, weights
-from tests.hub_server import TOKEN, Fault, Hub, Repo
+from tests.hub_server import TOKEN, Fault, Hub, Repo, bytes_of
 from tests.services import MACHINE, services
 
 LORA = {
@@ -247,6 +250,44 @@ def test_delete_refuses_what_is_in_use(service: Service, hub: Hub, tmp_path: Pat
     service.supervisor.close()
     assert service.shelf.delete("demo") == 0  # a link, of which nothing but the link goes
     assert not (tmp_path / "models" / "demo").is_symlink()
+
+
+def test_delete_refuses_what_holds_other_models(service: Service, tmp_path: Path) -> None:
+    """A GGUF file in the folder of a model; the folder of an owner, which is offered under no name."""
+    models = tmp_path / "models"
+    for place in ("both", "org/first", "org/second"):
+        (models / place).mkdir(parents=True)
+        for name, content in tiny_files().items():
+            (models / place / name).write_bytes(bytes_of(content))
+    (models / "both" / "a.gguf").write_bytes(b"GGUF" * 100)
+    with pytest.raises(UserError, match=r"both holds other models: both/a\.gguf\."):
+        service.shelf.delete("both")
+    with pytest.raises(UserError, match="org holds other models: org/first and 1 more"):
+        service.shelf.delete("org")
+    assert len(list(models.rglob("model.safetensors"))) == 3
+    assert service.shelf.delete("both/a.gguf") == 400
+    assert service.shelf.delete("both") > len(weights())
+    assert service.shelf.delete("org/first") > len(weights())
+    assert [model.name for model in service.models()] == ["demo", "org/second"]
+
+
+@pytest.mark.parametrize("held", ["both/a.gguf", "linked"])
+def test_delete_refuses_the_folder_of_what_is_loaded(service: Service, tmp_path: Path, held: str) -> None:
+    """A GGUF file that lies in it, or a link that leads to it."""
+    models = tmp_path / "models"
+    (models / "both").mkdir()
+    for name, content in tiny_files().items():
+        (models / "both" / name).write_bytes(bytes_of(content))
+    (models / "both" / "a.gguf").write_bytes(b"GGUF" * 100)
+    (models / "linked").symlink_to(models / "both", target_is_directory=True)
+    file_format = "gguf" if held.endswith(".gguf") else "safetensors"
+    order = LoadOrder(held, str(models / held), file_format, "causal", "", LoadOptions(), 256, "", "")
+    shelf = Shelf(service.library, models, service.downloads, lambda: [order])
+    with pytest.raises(ModelInUse, match=f"{Path(held).name} in both is loaded"):
+        shelf.delete("both")
+    with pytest.raises(ModelInUse, match="is loaded"):
+        shelf.delete(held)
+    assert (models / held).exists()
 
 
 def test_what_the_cache_has_is_the_caches_own(service: Service, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ class Shelf:
         return self._downloads.update(_folder(self._library.find(name)))
 
     def delete(self, name: str) -> int:
-        """Delete the model; the bytes that it took. Raises ModelInUse for one that is loaded or being downloaded.
+        """Delete the model; the bytes that it took. Raises UserError where other models lie in it, and ModelInUse where
+        it, or what lies in it, is loaded or being downloaded.
 
         Models in the Hugging Face cache are that cache's own.
         """
@@ -92,16 +93,25 @@ class Shelf:
         if model.root not in self._library.roots:
             raise UserError(f"{name} lies in no model folder: {model.path}.", "Delete it by hand.")
         self._refuse_in_use(model)
+        self._refuse_with_others(model)
         size = keeping.size_of(model.path) if not model.path.is_symlink() else 0
         keeping.remove(model.path, model.root)
         self.marks.forget(name)
         return size
 
     def _refuse_in_use(self, model: Model) -> None:
-        if model.path in {Path(order.path) for order in self._held()}:
-            raise ModelInUse(f"{model.name} is loaded.", "Unload it first.")
-        if _folder(model) in self._downloads.open_targets():
+        if held := [path for order in self._held() if _goes_with(path := Path(order.path), model.path)]:
+            what = model.name if held[0] == model.path else f"{held[0].name} in {model.name}"
+            raise ModelInUse(f"{what} is loaded.", "Unload it first.")
+        targets = self._downloads.open_targets()
+        if _folder(model) in targets or any(_goes_with(target, model.path) for target in targets):
             raise ModelInUse(f"{model.name} is being downloaded.", "Cancel the download first.")
+
+    def _refuse_with_others(self, model: Model) -> None:
+        """A folder may hold GGUF files that are offered by themselves, or be the folder of an owner's models."""
+        if others := [other.name for other in self._library.models() if model.path in other.path.parents]:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise UserError(f"{model.name} holds other models: {others[0]}{more}.", "Delete these first.")
 
     def duplicates(self, told: Callable[[str], None] = lambda _: None) -> list[Duplicate]:
         """Weight files that take their space more than once. Reads files of equal size whose hash is not recorded."""
@@ -113,3 +123,10 @@ def _folder(model: Model) -> Path:
     if model.file_format != "gguf":
         return model.path
     return model.path.parent
+
+
+def _goes_with(path: Path, removed: Path) -> bool:
+    """Whether ``path`` is gone when ``removed`` is: it is that, or lies in it. Of a link nothing but the link goes."""
+    if path == removed or removed.is_symlink():
+        return path == removed
+    return removed in path.parents or path.resolve().is_relative_to(removed.resolve())
