@@ -41,7 +41,7 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
         line = top(cards.status_line(service.snapshot()), login=login)
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
         with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab("Model", id="model"):
+            with gr.Tab("Model", id="model") as manage:
                 models = model_tab.build(service)
             with gr.Tab("Chat", id="chat") as talk:
                 chat = chat_tab.build(service)
@@ -49,9 +49,9 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
                 training = training_tab.build()
             with gr.Tab("Session", id="session") as session:
                 session_tab.build(service, session)
-        model_actions.wire(models, service)
+        model_actions.wire(models, service, manage)
         download_actions.wire(models, service)
-        lora_actions.wire(models, service)
+        lora_actions.wire(models, service, manage)
         chat_tab.wire(chat, service, Stops(), lives)
         chat_tab.wire_recall(page, chat, service)
         chat_loras.follow([page.load, sync.click, talk.select], chat.loras, service)
@@ -69,11 +69,15 @@ def _follow_state(
 ) -> None:  # fmt: skip
     """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed."""
 
-    def synced(model: str | None, loaded_at: float) -> list[Any]:
+    follows_loaded = [*chat.follows_loaded, *models.follows_view]  # what can be asked for, and what fits beside it
+
+    def synced(loaded_at: float, model: str | None, *form: Any) -> list[Any]:
         snapshot = service.snapshot()
         since = snapshot.loaded.since if snapshot.loaded else 0.0
-        changed = chat_tab.loaded_updates(snapshot) if since != loaded_at else [gr.skip()] * len(chat.follows_loaded)
-        return [cards.status_line(snapshot), since, *changed, *model_tab.state_updates(service, model)]
+        changed = [gr.skip()] * len(follows_loaded)
+        if since != loaded_at:
+            changed = [*chat_tab.loaded_updates(snapshot), *model_actions.changed(models, service, model, *form)]
+        return [cards.status_line(snapshot), since, *model_tab.state_updates(service, model), *changed]
 
     def opened(remembered: dict[str, Any]) -> list[Any]:
         return [
@@ -84,8 +88,8 @@ def _follow_state(
 
     loaded_at = gr.State(0.0)
     sync.click(
-        synced, [models.model, loaded_at], [line, loaded_at, *chat.follows_loaded, *models.follows_state],
-        queue=False, **QUIET,
+        synced, [loaded_at, models.model, *models.form.widgets],
+        [line, loaded_at, *models.follows_state, *follows_loaded], queue=False, **QUIET,
     )  # fmt: skip
     page.load(
         opened, models.remembered,

@@ -14,7 +14,7 @@ from modules.planner import DevicePlan
 from modules.planner.learning import Measurement, device_of
 from modules.service import Fit, View
 from modules.supervisor import Loaded, Snapshot, State
-from modules.ui.common import table
+from modules.ui.common import MOVING_BAR, bar, table
 from modules.units import format_bytes, format_seconds, format_tokens
 
 _STATE_WORDS = {
@@ -118,13 +118,12 @@ def _progress(snapshot: Snapshot) -> str:
     progress = snapshot.progress
     stage = progress.stage if progress else "starting"
     if progress and progress.total:
-        share = progress.done / progress.total
         eta = f" · {format_seconds(snapshot.eta_s)} left" if snapshot.eta_s else ""
         text = f"{stage} · {progress.done:,} of {progress.total:,} {progress.unit}{eta}"
-        bar = f'<div class="bar"><div class="fill planned" style="width:{100 * share:.1f}%"></div></div>'
+        shown = bar(stage, 100 * progress.done / progress.total)
     else:
-        text, bar = stage, '<div class="bar"><div class="fill planned moving"></div></div>'
-    return f'{bar}<div class="small">{escape(text)} · {format_seconds(snapshot.elapsed_s)}</div>'
+        text, shown = stage, MOVING_BAR
+    return f'{shown}<div class="small">{escape(text)} · {format_seconds(snapshot.elapsed_s)}</div>'
 
 
 def _loaded(loaded: Loaded, *, still: bool) -> str:
@@ -231,7 +230,7 @@ def _device_bar(name: str, total: int, free: int, device: DevicePlan | None) -> 
         sizes = [(kind, getattr(device, key)) for kind, key in _KINDS]
         for kind, size in sizes:
             fills.append(
-                f'<div class="fill planned {kind}{over}" style="width:{100 * size / total:.2f}%" '
+                f'<div class="fill planned {kind}{over}" style="width:{100 * size / max(1, total):.2f}%" '
                 f'title="{kind} {format_bytes(size)}"></div>'
             )
         words = " · ".join(f"{kind} {format_bytes(size)}" for kind, size in sizes if size)

@@ -61,7 +61,9 @@ def bar(name: str, percent: float) -> str:
     )
 
 
-MOVING_BAR = '<div class="bar"><div class="fill planned moving"></div></div>'  # how far it is, nobody knows
+MOVING_BAR = (  # how far it is, nobody knows
+    '<div class="bar" role="progressbar" aria-label="under way"><div class="fill planned moving"></div></div>'
+)
 
 
 def small(text: str) -> str:

@@ -25,14 +25,15 @@ def curve(steps: Sequence[TrainStep], evaluations: Sequence[TrainEvaluation], to
     last = max(total_steps, steps[-1].step, 1)
     top = _top([step.loss for step in steps if math.isfinite(step.loss)], [one.loss for one in evaluations])
     loss = [_place(step.step, step.loss, last, top, _TOP, _BOTTOM) for step in steps if math.isfinite(step.loss)]
-    checks = [_place(one.step, one.loss, last, top, _TOP, _BOTTOM) for one in evaluations if math.isfinite(one.loss)]
+    drawn = [one for one in evaluations if math.isfinite(one.loss)]
+    checks = [_place(one.step, one.loss, last, top, _TOP, _BOTTOM) for one in drawn]
     highest_rate = max(step.learning_rate for step in steps) or 1.0
     rate = [_place(s.step, s.learning_rate, last, highest_rate, _RATE_TOP, _RATE_BOTTOM) for s in steps]
     return (
         f'<figure class="curve"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(_in_words(steps, evaluations))}">'
         f"{_axes(last, top)}{_line(rate, 'rate')}{_line(loss, 'loss')}{_line(checks, 'check')}"
-        f"{''.join(_mark(one, at) for one, at in zip(evaluations, checks, strict=False))}"
+        f"{''.join(_mark(one, at) for one, at in zip(drawn, checks, strict=True))}"
         f'<text class="tick" x="{_LEFT + 4}" y="{_RATE_TOP - 6}">learning rate</text></svg>'
         f"<figcaption>{_legend(bool(checks))}</figcaption></figure>"
     )

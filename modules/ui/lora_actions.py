@@ -115,8 +115,8 @@ def _models(service: Service, model: str | None) -> Any:
     return menu_update(service, model_choices(service), model)
 
 
-def wire(tab: ModelTab, service: Service) -> None:
-    """Connect the card's widgets to the service."""
+def wire(tab: ModelTab, service: Service, page: gr.Tab) -> None:
+    """Connect the card's widgets to the service; ``page`` is where they are, and its menu as new as its opening."""
     card: LoraCard = tab.loras
     text = tab.form.fields["lora"]
     names, before = gr.State([]), gr.State("")
@@ -125,7 +125,7 @@ def wire(tab: ModelTab, service: Service) -> None:
     gr.on(edits(card.weights), None, weighed, [text, card.typed], js=_WEIGHED, trigger_mode="multiple", **QUIET)
     shown: dict[str, Any] = {"inputs": [tab.model, text, card.typed, names], "outputs": [*card.follows_set, names]}
     gr.on(
-        [text.change, tab.model.change, tab.refresh.click],
+        [text.change, tab.model.change, tab.refresh.click, page.select],
         partial(_shown, service), **shown, queue=False, trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     card.active.change(

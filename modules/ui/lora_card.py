@@ -18,6 +18,7 @@ from modules.service import LoraOffer, MergeState, Service, entries_of
 from modules.service.loras import DEFAULT_SHARD_SIZE
 from modules.supervisor import Snapshot
 from modules.ui.cards import active_in_words, busy, error_box
+from modules.ui.common import MOVING_BAR, bar, small
 from modules.units import format_bytes, format_seconds
 
 SPEC = LOAD_OPTIONS["lora"]
@@ -230,7 +231,6 @@ def merge_line(state: MergeState) -> str:
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in state.merged.notes)
         return f'<div class="small" role="status">{said} · {format_seconds(state.merged.seconds)}</div>{notes}'
     progress = state.progress
-    share = f"width:{100 * progress.done / progress.total:.1f}%" if progress and progress.total else ""
-    fill = f'<div class="fill planned{"" if share else " moving"}" style="{share}"></div>'
-    stage = escape(progress.stage if progress else "starting")
-    return f'<div class="bar">{fill}</div><div class="small">Merging into {name}: {stage}</div>'
+    words = f"Merging into {Path(state.order.out).name}: {progress.stage if progress else 'starting'}"
+    shown = bar(words, 100 * progress.done / progress.total) if progress and progress.total else MOVING_BAR
+    return shown + small(words)

@@ -36,7 +36,7 @@ _CHOSEN = """(model, chosen) =>
 _IN_ORDER: dict[str, Any] = {"concurrency_id": "form", "concurrency_limit": 1, **QUIET}
 
 
-def _changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+def changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
     """Updates for ``tab.follows_view``: what applies now, what fits now. No value is touched."""
     try:
         values = form_values(tab.form, raw)
@@ -62,7 +62,7 @@ def _edited(
     tab: ModelTab, service: Service, refused: tuple[Any, ...] | None, model: str | None, *raw: Any
 ) -> list[Any]:
     """An option was changed by hand."""
-    return [*_changed(tab, service, model, *raw), *_unrefused(tab, service, refused, model, *raw)]
+    return [*changed(tab, service, model, *raw), *_unrefused(tab, service, refused, model, *raw)]
 
 
 def _follow(service: Service, model: str | None) -> Iterator[list[Any]]:
@@ -170,15 +170,15 @@ def _refresh(service: Service, model: str | None) -> Any:
     return menu_update(service, choices, model)
 
 
-def wire(tab: ModelTab, service: Service) -> None:
-    """Connect the tab's widgets to the service."""
+def wire(tab: ModelTab, service: Service, page: gr.Tab) -> None:
+    """Connect the widgets of ``page`` to the service. Its menu is as new as the moment it is opened."""
     inputs = [tab.model, *tab.form.widgets]
     shown = len(tab.follows_view)
 
     def bound(action: Callable[..., Any], outputs: int = shown) -> Callable[..., Any]:
         return guarded(outputs, partial(action, tab, service))
 
-    changed, load = partial(_changed, tab, service), partial(_load, tab, service)
+    viewed, load = partial(changed, tab, service), partial(_load, tab, service)
     tab.model.input(None, [tab.model, tab.chosen], tab.chosen, js=_CHOSEN, **QUIET)
     selected = tab.chosen.change(
         partial(show_selected, tab, service), tab.model, selected_outputs(tab), trigger_mode="always_last", **DIRECT
@@ -193,7 +193,8 @@ def wire(tab: ModelTab, service: Service) -> None:
         [*edits(tab.form.widgets), tab.loras.typed.change], partial(_edited, tab, service), [tab.refused, *inputs],
         [*tab.follows_view, *tab.follows_refusal, tab.refused], trigger_mode="always_last", **DIRECT,
     )  # fmt: skip
-    _wire_loading(tab, service, inputs, changed, load)
+    _wire_loading(tab, service, inputs, viewed, load)
+    page.select(partial(_refresh, service), tab.model, tab.model, **DIRECT)
     filled = [
         tab.stretch.click(bound(_stretched), inputs, tab.follows_view, **_IN_ORDER),
         *(
@@ -202,14 +203,14 @@ def wire(tab: ModelTab, service: Service) -> None:
         ),
     ]
     for event in filled:  # leaving a field by the click may have asked for what stood there before it
-        event.then(changed, inputs, tab.follows_view, **DIRECT)
+        event.then(viewed, inputs, tab.follows_view, **DIRECT)
     tab.save.click(bound(_save), inputs, tab.follows_view, **_IN_ORDER)
     tab.forget.click(bound(_forget), tab.model, tab.follows_view, **_IN_ORDER)
     tab.import_legacy.click(bound(_import, shown + 1), tab.model, [tab.import_legacy, *tab.follows_view], **_IN_ORDER)
 
 
 def _wire_loading(
-    tab: ModelTab, service: Service, inputs: list[Any], changed: Callable[..., Any], load: Callable[..., Any]
+    tab: ModelTab, service: Service, inputs: list[Any], viewed: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
     """The buttons that change what is loaded; afterwards what is free has changed."""
     acts: dict[str, Any] = {"outputs": [*tab.follows_state, tab.refused], **QUIET}
@@ -231,4 +232,4 @@ def _wire_loading(
         tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **DIRECT),
     ]  # fmt: skip
     for event in acted:
-        event.then(changed, inputs, tab.follows_view, **DIRECT)
+        event.then(viewed, inputs, tab.follows_view, **DIRECT)

@@ -222,7 +222,7 @@ def labelled(service: Service, names: list[str]) -> list[tuple[str, str]]:
 
 def menu_update(service: Service, choices: list[str], model: str | None) -> Any:
     """New entries for the menu. What is chosen stays, and is not said: another may have been chosen meanwhile."""
-    gone = {} if model in choices else {"value": None}
+    gone = {} if not model or model in choices else {"value": None}
     return gr.update(choices=labelled(service, choices), **gone)
 
 

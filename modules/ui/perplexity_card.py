@@ -109,7 +109,6 @@ def line_html(state: PerplexityState) -> str:
         return ""
     progress = state.progress
     head = f"{state.model} on {state.text}"
-    progress = state.progress
     if progress is None or not progress.total:
         return MOVING_BAR + small(head)
     left = (time.monotonic() - state.started) * (progress.total - progress.done) / max(1, progress.done)
