@@ -125,6 +125,51 @@ def untied_t5() -> Path:
     return kept("plan-untied-t5-1", build)
 
 
+def fp8(name: str) -> Path:
+    """The model with its layers' linear weights in FP8, a scale for each block of 16 × 16."""
+
+    def build(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        source = checkpoint(name)
+        tensors = load_file(source / "model.safetensors")
+        for key in [key for key, value in tensors.items() if key.endswith("proj.weight") and value.ndim == 2]:
+            rows, columns = tensors[key].shape
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+            tensors[key.replace(".weight", ".weight_scale_inv")] = torch.ones(rows // 16, columns // 16)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        how = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+        _write_config(folder, source, how)
+
+    return kept(f"plan-fp8-{name}-1", build)
+
+
+def mxfp4() -> Path:
+    """A GPT-OSS with its experts as hubs store them: blocks of 32 numbers of 4 bit, and a scale each."""
+
+    def build(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        source = checkpoint("gpt-oss")
+        tensors = load_file(source / "model.safetensors")
+        for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(key).shape
+            blocks = (experts, outputs, inputs // 32)
+            tensors[f"{key}_blocks"] = torch.zeros((*blocks, 16), dtype=torch.uint8)
+            tensors[f"{key}_scales"] = torch.full(blocks, 127, dtype=torch.uint8)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        _write_config(folder, source, {"quant_method": "mxfp4"})
+
+    return kept("plan-mxfp4-1", build)
+
+
+def _write_config(folder: Path, source: Path, quantization: Mapping[str, Any]) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(quantization)}))
+
+
 def write_headers(folder: Path, config: Mapping[str, Any], shards: list[dict[str, tuple[int, ...]]]) -> None:
     """A checkpoint of headers alone: bfloat16 tensors by name and shape; the files' weights are holes on disk."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,3 +42,12 @@ def test_a_choice_that_no_option_shows_is_said() -> None:
     _, fallback = weights_dtype(LoadOptions(), stored="bfloat16", prequantized=False, gpus=0)
     assert "CPU" in fallback[0]
     assert weights_dtype(LoadOptions(cpu=True), stored="bfloat16", prequantized=False, gpus=0)[1] == ()
+
+
+def test_what_is_unpacked_is_in_the_dtype_of_what_lies_beside_it() -> None:
+    for gpus, gpu_bf16 in ((0, True), (1, True), (1, False)):
+        for stored, dtype in (("bfloat16", "bfloat16"), ("float16", "float16"), ("", "bfloat16")):
+            made = weights_dtype(
+                LoadOptions(), stored=stored, prequantized=True, gpus=gpus, gpu_bf16=gpu_bf16, unpacked=True
+            )
+            assert made == (dtype, ())

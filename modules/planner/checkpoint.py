@@ -28,11 +28,12 @@ class Checkpoint:
     size_bytes: int = 0  # of the weight files
     stored_dtype: str = ""  # of most numbers that are not packed: "bfloat16"; "" = not known
     context_limit: int = 0  # in tokens; 0 = not known
+    unpacked: bool = False  # weights that are stored packed are plain ones in ``tensors``
 
     @property
     def prequantized(self) -> bool:
         """Whether packed weights stay packed; those of GGUF files are unpacked while loading."""
-        return bool(self.quantization) and self.file_format != "gguf"
+        return bool(self.quantization) and self.file_format != "gguf" and not self.unpacked
 
 
 _KEPT = 8

@@ -73,8 +73,9 @@ class Classes:
 def precision_for(checkpoint: Checkpoint, options: LoadOptions, gpus: int, cpu_bf16: bool = True) -> Precision:
     """How the loader will hold the weights, where ``gpus`` GPUs may be touched."""
     dtype, _ = weights_dtype(
-        options, stored=checkpoint.stored_dtype, prequantized=checkpoint.prequantized, gpus=gpus, cpu_bf16=cpu_bf16
-    )
+        options, stored=checkpoint.stored_dtype, prequantized=checkpoint.prequantized, gpus=gpus, cpu_bf16=cpu_bf16,
+        unpacked=checkpoint.unpacked,
+    )  # fmt: skip
     if checkpoint.quantization or not (options.load_in_4bit or options.load_in_8bit):
         return Precision(dtype)
     return Precision(dtype, "4bit" if options.load_in_4bit else "int8", options.use_double_quant)

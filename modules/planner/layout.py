@@ -20,6 +20,7 @@ from modules.planner.names import Classifier, head_module, loaded_tensors, split
 _KEPT_LAYOUTS = 8
 _SIDE = ("vision", "visual", "audio", "encoder", "projector", "patcher", "image")
 _DTYPE_BYTES_UNKNOWN = 2
+_COUNTED = frozenset({"", "awq", "bitsandbytes", "gptq"})  # how these lie in memory was measured
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def build(checkpoint: Checkpoint) -> Layout:
 def _is_exact(checkpoint: Checkpoint) -> bool:
     """Whether the rules are proven for the architecture: custom code may do anything."""
     known = str(checkpoint.config.get("model_type", "")) not in APPROXIMATE
+    known = known and (checkpoint.unpacked or checkpoint.quantization in _COUNTED)
     return known and "auto_map" not in checkpoint.config and checkpoint.file_format != "gguf"
 
 

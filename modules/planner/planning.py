@@ -15,6 +15,7 @@ from modules.planner.formats import Precision
 from modules.planner.memory import DEFAULT, Calibration, arriving_bytes
 from modules.planner.solving import Answer, Question, solve
 from modules.planner.suggestions import Suggestion, spare_context, suggestions
+from modules.precision import PACKED_FROM
 from modules.units import format_bytes
 
 
@@ -99,9 +100,10 @@ def plan(
 def _peak(question: Question, answer: Answer) -> int:
     """What all devices but the disk hold at most: at a full context, or while weights are converted in RAM."""
     in_use = sum(device.total_bytes for device in answer.devices if device.key != DISK)
-    checkpoint, precision = question.checkpoint, answer.precision
+    checkpoint, precision = question.held, answer.precision
     converted = bool(precision.quantization) or precision.dtype != checkpoint.stored_dtype
-    if answer.rooms.gpus or checkpoint.quantization or not converted:
+    packed = checkpoint.quantization and not checkpoint.unpacked
+    if answer.rooms.gpus or packed or not (converted or checkpoint.unpacked):
         return in_use
     (ram,) = (device for device in answer.devices if device.key == CPU)
     mapped = int(checkpoint.size_bytes * question.calibration.mapped_share)
@@ -116,6 +118,12 @@ def _notes(question: Question, answer: Answer) -> list[str]:
         close = "from the headers; this architecture may differ by a little" if question.checkpoint.tensors else (
             "from the files' size and the configuration")  # fmt: skip
         notes.append(f"The weights are estimated {close}.")
+    if question.held.unpacked:
+        method, (major, minor) = question.checkpoint.quantization, PACKED_FROM[question.checkpoint.quantization]
+        notes.append(
+            f"The weights are stored as {method.upper()} and unpacked to {answer.precision.dtype} here: they stay "
+            f"packed only on GPUs of compute capability {major}.{minor} or higher."
+        )
     if not question.quantizes:
         return notes
     fused = sum(device.classes.kept for device in answer.devices if device.key != DISK)

@@ -16,6 +16,8 @@ from modules.planner.formats import Classes, Part, Precision, classes, precision
 from modules.planner.layout import Block, Layout, layout_of
 from modules.planner.memory import Calibration, cache_growth_bytes, kv_cache, working_bytes
 from modules.planner.placement import Load, Placement, place, usage
+from modules.planner.unpacking import unpacked
+from modules.precision import unpacks
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Question:
         context = changes.get("ctx_size", self.ctx_tokens)
         assert isinstance(context, int)
         return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes), ctx_tokens=context)  # type: ignore[arg-type]
+
+    @cached_property
+    def gpus(self) -> int:
+        """How many the options let the model touch."""
+        return len(gpu_caps(self.machine, self.options))
+
+    @cached_property
+    def held(self) -> Checkpoint:
+        """The checkpoint as the devices can hold it: packed weights that they cannot multiply are unpacked."""
+        capability = min((gpu.capability for gpu in self.machine.gpus), default=(0, 0))
+        packed = not unpacks(self.checkpoint.quantization, gpus=self.gpus, capability=capability)
+        return self.checkpoint if packed else unpacked(self.checkpoint)
 
     @property
     def quantizes(self) -> bool:
@@ -110,9 +124,9 @@ class Answer:
 
 def solve(question: Question) -> Answer:
     """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known."""
-    checkpoint, options, calibration = question.checkpoint, question.options, question.calibration
+    checkpoint, options, calibration = question.held, question.options, question.calibration
     layout = with_adapters(layout_of(checkpoint), question.adapters)
-    gpus = len(gpu_caps(question.machine, options))
+    gpus = question.gpus
     precision = precision_for(checkpoint, options, gpus, question.machine.cpu_bf16)
     kept = kept_tokens(options, question.ctx_tokens)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options)

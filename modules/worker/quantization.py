@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, GgufConfig, GPTQConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from modules import packages
 from modules.errors import MissingPackage, OptionConflict, UnsupportedModel, WrongResult
 from modules.options import LoadOptions
+from modules.precision import PACKED_FROM, unpacks
 from modules.protocol import LoadOrder
 from modules.worker.placement import DeviceFacts
 
@@ -40,6 +41,11 @@ def compute_dtype(options: LoadOptions, device: DeviceFacts) -> torch.dtype:
     return torch.bfloat16 if device.bf16 else torch.float16
 
 
+def unpacked(order: LoadOrder, device: DeviceFacts) -> bool:
+    """Whether the checkpoint's packed weights are unpacked, since the device does not multiply them."""
+    return unpacks(order.quantization, gpus=device.gpus, capability=device.capability)
+
+
 def quantization_config(order: LoadOrder, stored: Mapping[str, Any], device: DeviceFacts, offloads: bool) -> Any | None:
     """What goes to from_pretrained as ``quantization_config``; None where nothing is asked for.
 
@@ -60,6 +66,9 @@ def quantization_config(order: LoadOrder, stored: Mapping[str, Any], device: Dev
         return _bitsandbytes(options, device, offloads)
     if order.quantization == "gptq" and options.disable_exllama:
         return GPTQConfig(bits=stored["bits"], backend="auto_trainable")
+    if unpacked(order, device):
+        # transformers asks only whether this machine's first GPU could multiply them, not where the model will lie.
+        return AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
     return None
 
 
@@ -121,6 +130,11 @@ def verify(model: Any, order: LoadOrder, device: DeviceFacts) -> tuple[str, ...]
             raise WrongResult(f"No layer of {order.name} is a {order.quantization.upper()} layer after loading.")
         if order.quantization == "gptq" and options.disable_exllama:
             _verify_trainable(layers)
+    if order.quantization in PACKED_FROM and not stored_config(model.config):
+        held = next((str(one.dtype) for one in model.parameters() if one.ndim > 1), "").removeprefix("torch.")
+        return (
+            f"The {order.quantization.upper()} weights were unpacked to {held}: nothing here multiplies them packed.",
+        )
     return ()
 
 

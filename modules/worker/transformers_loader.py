@@ -238,6 +238,7 @@ def weights_dtype(order: LoadOrder, device: DeviceFacts, stored: str) -> tuple[t
         gpus=device.gpus,
         gpu_bf16=device.bf16,
         cpu_bf16=device.cpu_bf16,
+        unpacked=quantization.unpacked(order, device),
     )
     return quantization.DTYPES[name], notes
 
@@ -257,7 +258,8 @@ def device_facts(order: LoadOrder) -> DeviceFacts:
     told = order.device_map or order.options.gpu_memory
     free = tuple(0 if told else int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus)
     gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return DeviceFacts(free, gpu_bf16, cpu_bf16(), ram)
+    capability = min(torch.cuda.get_device_capability(gpu) for gpu in gpus)
+    return DeviceFacts(free, gpu_bf16, cpu_bf16(), ram, capability)
 
 
 def _usual_stage(order: LoadOrder) -> str:

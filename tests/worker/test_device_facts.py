@@ -31,6 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 6)].__getitem__)
     monkeypatch.setattr(torch.cuda, "mem_get_info", found.free)
     return found
 
@@ -53,6 +54,11 @@ def facts(**order: Any) -> DeviceFacts:
 def test_a_gpu_whose_share_is_known_is_not_asked(order: dict[str, Any], gpus: int, asked: Asked) -> None:
     assert facts(**order).gpus == gpus
     assert not asked
+
+
+def test_the_least_capable_gpu_counts(asked: Asked) -> None:
+    assert facts(device_map={"": "0"}).capability == (8, 6)
+    assert facts(cpu=True).capability == (0, 0)
 
 
 def test_an_order_without_a_plan_asks_each(asked: Asked) -> None:
