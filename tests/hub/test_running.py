@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modules.errors import BrokenDownload, Busy, DiskFull, HubUnreachable, LoadstoneError, UnsafeCheckpoint, UserError
+from modules.hub import fetching
 from modules.hub.fetching import Patience, bring_whole
 from modules.hub.job import Order
 from modules.hub.placing import read_record
@@ -317,10 +318,14 @@ def test_a_part_that_cannot_be_read_any_more_is_an_error(
     hub.repos["user/big"] = Repo({"main": {**tiny_files(), "model.safetensors": data}})
     order = order_for(hub, tmp_path, "user/big")
 
-    def unreadable(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    readable = fetching._Sink._hash_prefix
 
-    monkeypatch.setattr("modules.hub.fetching._Sink._hash_prefix", unreadable)
+    def unreadable(sink: fetching._Sink, have: int) -> None:
+        if sink._file.size == len(data):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        readable(sink, have)
+
+    monkeypatch.setattr(fetching._Sink, "_hash_prefix", unreadable)
     said: list[UserError] = []
 
     def fetch_it() -> None:
