@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from modules.devices import Gpu, Machine
 from modules.library import Library, ModelFacts
 from modules.options import LoadOptions, TrainingOptions
-from modules.planner import from_facts
+from modules.planner import from_facts, plan
 from modules.planner.training import missing_targets, training_plan, training_seconds
-from tests import checkpoints, loras
+from tests import checkpoints, loras, planner_checkpoints
 from tests.services import MACHINE
 
 CPU = LoadOptions(cpu=True)
+GIB = 2**30
 
 
 def facts_of(path: Path) -> ModelFacts:
@@ -74,6 +76,59 @@ def test_a_machine_that_is_too_small_is_told() -> None:
     made = training_plan(facts_of(checkpoints.llama()), CPU, TrainingOptions(), small, 0)
     assert not made.fits
     assert made.on == "RAM"
+
+
+# --- on GPUs that are described ---
+
+
+def gpus(*free_gib: float) -> Machine:
+    found = tuple(Gpu(at, "simulated", str(at), int(g * GIB), int(g * GIB)) for at, g in enumerate(free_gib))
+    return replace(MACHINE, gpus=found)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    """Of a model that needs two GPUs, in 4-bit too."""
+    return facts_of(planner_checkpoints.llama_70b(tmp_path_factory.mktemp("headers") / "llama-70b"))
+
+
+FOUR = LoadOptions(load_in_4bit=True)
+THRIFTY = TrainingOptions(gradient_checkpointing=True, batch_size=1, cutoff=256)
+HALVES = {
+    "model.embed_tokens": "0", "model.rotary_emb": "0", "model.norm": "1", "lm_head": "1",
+    **{f"model.layers.{at}": "0" if at < 40 else "1" for at in range(80)},
+}  # fmt: skip
+
+
+def test_a_model_on_two_gpus_is_judged_where_it_lies(large: ModelFacts) -> None:
+    made = training_plan(large, FOUR, THRIFTY, gpus(32, 32), 0, HALVES)
+    assert made.fits
+    assert made.on == "GPU 1", "where the logits are"
+    first = training_plan(large, FOUR, THRIFTY, gpus(20, 32), 0, HALVES)
+    assert (first.fits, first.on, first.parts["logits"]) == (False, "GPU 0", 0)
+    for part in ("LoRA and optimizer", "activations"):
+        assert made.parts[part] == first.parts[part]
+    assert made.parts["LoRA and optimizer"] == made.parameters * 16 // 2
+    both = made.parts["the model"] + first.parts["the model"]
+    assert both == plan(large, FOUR, gpus(80), ctx_tokens=1).weights_bytes
+
+
+def test_one_gpu_that_is_too_small_is_enough_to_refuse(large: ModelFacts) -> None:
+    assert not training_plan(large, FOUR, THRIFTY, gpus(32, 19), 0, HALVES).fits
+    assert not training_plan(large, FOUR, THRIFTY, gpus(19, 32), 0, HALVES).fits
+
+
+def test_a_model_on_the_second_gpu_does_not_need_the_first() -> None:
+    facts = facts_of(checkpoints.llama())
+    made = training_plan(facts, FOUR, TrainingOptions(), gpus(0.1, 24), 0, {"": "1"})
+    assert (made.fits, made.on) == (True, "GPU 1")
+    assert not training_plan(facts, FOUR, TrainingOptions(), gpus(0.1, 24), 0, {"": "0"}).fits
+
+
+def test_what_would_lie_beside_a_gpu_cannot_be_trained(large: ModelFacts) -> None:
+    spilling = replace(gpus(24), ram_free_bytes=256 * GIB)
+    assert plan(large, LoadOptions(), spilling, ctx_tokens=1).fits
+    assert not training_plan(large, LoadOptions(), THRIFTY, spilling, 0).fits
 
 
 def test_modules_that_the_model_has_not_are_found() -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modules.devices import Machine
 from modules.library import ModelFacts
 from modules.library import config as reading
 from modules.options import LoadOptions, TrainingOptions
 from modules.planner.checkpoint import Checkpoint, from_facts
-from modules.planner.devices import DevicePlan
+from modules.planner.devices import CPU, DISK, DevicePlan, Room, gpu_caps
+from modules.planner.layout import Block
 from modules.planner.lora_fit import Module, modules_of
 from modules.planner.memory import DEFAULT
 from modules.planner.names import head_module
-from modules.planner.planning import plan
+from modules.planner.placement import Placement
+from modules.planner.solving import Answer, Question, solve
 from modules.precision import DTYPE_BYTES
 
 # Per trained parameter, all float32: the weight, its gradient, AdamW's two moments.
@@ -32,51 +34,103 @@ _USED_FLOPS = 0.35  # of what one large multiplication reaches
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """In bytes, by part in words. ``on``: the device that has least room for it: "GPU 0", "RAM"."""
+    """In bytes, by part in words. ``on``: the device that has least room for it: "GPU 0", "RAM".
+
+    ``elsewhere_fits``: whether the other devices have room for what lies there.
+    """
 
     parts: dict[str, int]
     parameters: int
     on: str
     free_bytes: int
-    model_fits: bool
+    elsewhere_fits: bool
 
     @property
     def total_bytes(self) -> int:
         return sum(self.parts.values())
 
     @property
+    def left_bytes(self) -> int:
+        return self.free_bytes - self.total_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.model_fits and self.total_bytes <= self.free_bytes
+        return self.elsewhere_fits and self.left_bytes >= 0
 
 
 def training_plan(
-    facts: ModelFacts, options: LoadOptions, training: TrainingOptions, machine: Machine, longest_tokens: int
-) -> TrainingPlan:
+    facts: ModelFacts, options: LoadOptions, training: TrainingOptions, machine: Machine, longest_tokens: int,
+    device_map: Mapping[str, str] | None = None,
+) -> TrainingPlan:  # fmt: skip
     """The plan on ``machine`` as it is when the training's process starts. Pure.
 
     ``longest_tokens``: the longest example after cutting, which a batch is padded to; 0: the cut-off.
+    ``device_map``: where the model will lie; empty: where it would be placed now.
     """
     checkpoint = from_facts(facts)
-    held = plan(facts, options, machine, ctx_tokens=1)
-    device = next((one for one in held.devices if one.key.isdigit()), held.devices[0])
-    element = DTYPE_BYTES[held.precision.dtype]
+    answer = _placed(solve(Question(checkpoint, options, machine, 1, DEFAULT)), machine, options, device_map or {})
+    element = DTYPE_BYTES[answer.precision.dtype]
     tokens = min(training.cutoff, longest_tokens or training.cutoff) if not training.packing else training.cutoff
     batch_tokens = training.batch_size * tokens
     targets = target_modules(checkpoint, training.target_modules)
     parameters = trained_parameters(targets, training)
-    return TrainingPlan(
-        parts={
-            "the model": sum(one.weights_bytes for one in held.devices if one.key == device.key),
+    head, layers = _head_key(answer, checkpoint), max(1, answer.layout.layers)
+    vocabulary = reading.number(reading.text_part(checkpoint.config), "vocab_size")
+    found = []
+    for device in _computing(answer):
+        here = answer.layers_on(device.key) if answer.layout.layers else 1
+        parts = {
+            "the model": device.weights_bytes,
             "the process": _process_bytes(device, facts, options),
-            "LoRA and optimizer": parameters * _TRAINED_BYTES,
-            "activations": batch_tokens * _activation_bytes(checkpoint, targets, training, element),
-            "logits": batch_tokens * reading.number(reading.text_part(checkpoint.config), "vocab_size") * _LOGIT_BYTES,
-        },
-        parameters=parameters,
-        on=device.name,
-        free_bytes=device.cap_bytes,
-        model_fits=held.fits,
-    )
+            "LoRA and optimizer": parameters * _TRAINED_BYTES * here // layers,
+            "activations": batch_tokens * _activation_bytes(checkpoint, targets, training, element, here),
+            "logits": batch_tokens * vocabulary * _LOGIT_BYTES * (device.key == head),
+        }
+        found.append(TrainingPlan(parts, parameters, device.name, device.cap_bytes, True))
+    least = min(found, key=lambda one: one.left_bytes)
+    return replace(least, elsewhere_fits=_rest_fits(answer) and all(one.fits for one in found if one is not least))
+
+
+def _placed(answer: Answer, machine: Machine, options: LoadOptions, device_map: Mapping[str, str]) -> Answer:
+    """The answer for a model that lies as ``device_map`` says, whatever room there is; as it is without one."""
+    if not device_map:
+        return answer
+    devices = tuple(_place_of(block, device_map) for block in answer.layout.blocks)
+    caps = gpu_caps(machine, options)
+    used = sorted({int(key) for key in devices if key.isdigit()})
+    gpus = tuple(Room(str(gpu), caps.get(gpu, 0), 0, DEFAULT.gpu_fixed_bytes) for gpu in used)
+    return replace(answer, rooms=replace(answer.rooms, gpus=gpus), placement=Placement(devices))
+
+
+def _place_of(block: Block, device_map: Mapping[str, str]) -> str:
+    """By its own entry, or that of the nearest module around it."""
+    for module in block.modules:
+        while module and module not in device_map:
+            module = module.rpartition(".")[0]
+        if module in device_map:
+            return device_map[module]
+    return next(iter(device_map.values()))
+
+
+def _computing(answer: Answer) -> list[DevicePlan]:
+    """The devices that hold a part of the model and compute it."""
+    gpus = [device for device in answer.devices if device.key.isdigit() and device.weights_bytes]
+    return gpus or [device for device in answer.devices if device.key == CPU]
+
+
+def _rest_fits(answer: Answer) -> bool:
+    """Whether the model can be placed, all of it on the GPUs where there are some, and RAM has room for the process."""
+    if not answer.rooms.gpus:
+        return answer.fits
+    ram, beside = answer.rooms.ram, {CPU, DISK} & set(answer.placement.devices)
+    return answer.fits and not beside and ram.fixed_bytes <= (ram.cap_bytes or 0)
+
+
+def _head_key(answer: Answer, checkpoint: Checkpoint) -> str:
+    """The device that computes the logits."""
+    head = head_module(checkpoint)
+    pairs = list(zip(answer.layout.blocks, answer.placement.devices, strict=True))
+    return next((key for block, key in pairs if block.head or head in block.modules), pairs[-1][1])
 
 
 def _process_bytes(device: DevicePlan, facts: ModelFacts, options: LoadOptions) -> int:
@@ -104,9 +158,10 @@ def trained_parameters(targets: Mapping[str, Module], training: TrainingOptions)
 
 
 def _activation_bytes(
-    checkpoint: Checkpoint, targets: Mapping[str, Module], training: TrainingOptions, element: int
+    checkpoint: Checkpoint, targets: Mapping[str, Module], training: TrainingOptions, element: int, here: int
 ) -> int:
-    """What is kept for the backward pass, in bytes a token. peft keeps a float32 copy of its modules' inputs."""
+    """What ``here`` of the layers keep for the backward pass, in bytes a token. peft keeps a float32 copy of its
+    modules' inputs."""
     text = reading.text_part(checkpoint.config)
     layers = max(1, reading.number(text, "num_hidden_layers", "n_layer", "num_layers"))
     hidden = reading.number(text, "hidden_size", "n_embd", "d_model")
@@ -115,8 +170,8 @@ def _activation_bytes(
     plain = element * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * layers
     whole = adapted + plain
     if training.gradient_checkpointing:  # each layer's input, and one layer as a whole
-        return int(element * hidden * layers + whole / layers)
-    return int(whole)
+        return int(element * hidden * here + whole / layers)
+    return int(whole * here / layers)
 
 
 def training_seconds(

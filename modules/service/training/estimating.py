@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +26,15 @@ _ROOM_SHARE = 0.95  # of what is free may be planned beside a model that answers
 
 def estimate(
     facts: ModelFacts, load: LoadOptions, training: TrainingOptions, longest: int, preview: Preview | None,
-    machine: Machine, loaded: Loaded | None, pace: Pace,
+    machine: Machine, loaded: Loaded | None, pace: Pace, device_map: Mapping[str, str],
 ) -> Estimate:  # fmt: skip
     """Beside ``loaded`` where that fits, else with it gone. ``longest``: example, in tokens. Without ``preview`` the
     time is not known."""
-    beside = training_plan(facts, load, training, machine, longest)
+    beside = training_plan(facts, load, training, machine, longest, device_map)
     stays = loaded is None or beside.total_bytes <= beside.free_bytes * _ROOM_SHARE
-    made = (
-        beside if stays or loaded is None else training_plan(facts, load, training, without(machine, loaded), longest)
-    )
+    made = beside
+    if not stays and loaded is not None:
+        made = training_plan(facts, load, training, without(machine, loaded), longest, device_map)
     notes = []
     if loaded is not None and stays:
         notes.append(f"{loaded.order.name} stays loaded and answers meanwhile, more slowly.")
@@ -41,7 +42,7 @@ def estimate(
         fits=made.fits, total_bytes=made.total_bytes, free_bytes=made.free_bytes, on=made.on, parts=made.parts,
         beside=stays, ends_first=loaded.order.name if loaded and not stays and made.fits else "",
         parameters=made.parameters, seconds=_seconds(facts, load, training, preview, pace), notes=tuple(notes),
-        suggestions=() if made.fits else tuple(_ways(facts, load, training, machine, longest, made)),
+        suggestions=() if made.fits else tuple(_ways(facts, load, training, machine, longest, made, device_map)),
     )  # fmt: skip
 
 
@@ -58,8 +59,9 @@ def _seconds(
 
 
 def _ways(
-    facts: ModelFacts, load: LoadOptions, training: TrainingOptions, machine: Machine, longest: int, now: TrainingPlan
-) -> list[str]:
+    facts: ModelFacts, load: LoadOptions, training: TrainingOptions, machine: Machine, longest: int, now: TrainingPlan,
+    device_map: Mapping[str, str],
+) -> list[str]:  # fmt: skip
     """What would make it fit, in words."""
     tries: list[tuple[str, LoadOptions, TrainingOptions]] = [
         ("turn gradient_checkpointing on", load, replace(training, gradient_checkpointing=True)),
@@ -71,7 +73,8 @@ def _ways(
         tries.append(("load the model in 4-bit", replace(load, load_in_4bit=True, load_in_8bit=False), training))
     ways = []
     for words, loading, options in tries:
-        made = training_plan(facts, loading, options, machine, longest)
+        placed = device_map if loading is load else {}  # loaded anew, it is placed anew
+        made = training_plan(facts, loading, options, machine, longest, placed)
         if made.total_bytes < now.total_bytes and made.fits:
             ways.append(f"{words} ({format_bytes(made.total_bytes)})")
     return ways or ["load a smaller model"]

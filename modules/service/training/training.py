@@ -94,7 +94,10 @@ class Training:
     ) -> Estimate:
         facts = self._facts(order)
         loaded = self._front().snapshot().loaded
-        return estimate(facts, order.options, options, longest_tokens, preview, self._measure(), loaded, self._pace)
+        return estimate(
+            facts, order.options, options, longest_tokens, preview, self._measure(), loaded, self._pace,
+            order.device_map,
+        )  # fmt: skip
 
     def _facts(self, order: LoadOrder) -> ModelFacts:
         """Of the model at the order's path: it need not lie in a model folder. Raises what the library raises."""
@@ -312,7 +315,7 @@ def _bring_back(supervisor: Supervisor, order: LoadOrder) -> None:
 
 
 def _plain(order: LoadOrder) -> LoadOrder:
-    """The order without LoRAs: they are not trained on, and not carried over. Placed by the libraries' own rules."""
+    """The order without LoRAs: they are not trained on, and not carried over. The model lies where it lay."""
     options = replace(order.options, lora=())
     return replace(order, adapters=(), options=options, expected=())
 
