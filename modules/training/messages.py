@@ -34,7 +34,8 @@ class TrainOrder:
     """Everything that is needed to train one LoRA. Paths are absolute.
 
     ``load`` says which model, and how it is loaded: LoRAs of its own are not applied. ``folder`` is the run's:
-    checkpoints go there, and where there are some, the training goes on from the last one.
+    checkpoints go there, and where there are some, the training goes on from the last one. ``whole``: no conversation
+    is both learned and measured on; a run that began without it goes on without.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TrainOrder:
     out: str  # the LoRA's folder, which appears when it is whole
     folder: str
     notes: tuple[str, ...] = ()
+    whole: bool = False
 
 
 @message()

@@ -56,6 +56,35 @@ def chat(*turns: dict[str, str]) -> Example:
     return Example("line 1", 1, messages=turns)
 
 
+@pytest.mark.parametrize("options", [TrainingOptions(), TrainingOptions(evaluation_share=0.5, seed=3)], ids=str)
+def test_no_conversation_is_both_learned_and_measured_on(tokenizer: Any, options: TrainingOptions) -> None:
+    tokenizer.chat_template = FORGETFUL
+    talks = tuple(Example(f"line {number}", number, messages=TURNS) for number in range(1, 21))
+    found = Examples(talks, "chat")
+    examples = list(encode_all(found, tokenizer, 512, lambda *_: None))
+    assert len(examples) == 2 * len(talks)
+    train, evaluation = split(examples, options)
+    assert len(train) + len(evaluation) == len(examples)
+    assert len(evaluation) == pytest.approx(len(examples) * options.evaluation_share, abs=1)
+    assert {one.number for one in train}.isdisjoint(one.number for one in evaluation)
+    kept = make_lesson(examples, options)
+    assert {row[0].number for row in kept.train}.isdisjoint(row[0].number for row in kept.evaluation)
+    before = make_lesson(examples, options, whole=False)  # as runs go on that began so
+    assert {row[0].number for row in before.train} & {row[0].number for row in before.evaluation}
+
+
+def test_one_conversation_alone_is_learned() -> None:
+    pieces = [Encoded(1, [1, 2, at], [False, True, True]) for at in range(4)]
+    assert split(pieces, TrainingOptions()) == (pieces, [])
+
+
+def test_examples_of_one_piece_are_drawn_as_ever() -> None:
+    singles = [Encoded(at + 1, [1, 2, at], [False, True, True]) for at in range(40)]
+    running = [Encoded(0, [1, 2, at], [False, True, True]) for at in range(40)]
+    for examples in (singles, running):
+        assert split(examples, TrainingOptions()) == split(examples, TrainingOptions(), whole=False)
+
+
 def test_the_assistants_turns_alone_are_learned(tokenizer: Any) -> None:
     assert learned(tokenizer, chat(*TURNS)) == ["Anna.<|im_end|>In Bern.<|im_end|>"]
     (one,) = Encoder(tokenizer).encode(chat(*TURNS))

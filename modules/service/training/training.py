@@ -157,7 +157,8 @@ class Training:
             self._check_disk(file)
             kept = DataFile(str(folder / f"data{Path(file.path).suffix}"), found.data_format, file.name)
             order = TrainOrder(
-                out.name, _plain(source), kept, options, str(out), str(folder), (*found.notes, *notes)
+                out.name, _plain(source), kept, options, str(out), str(folder), (*found.notes, *notes),
+                whole=True,
             )  # fmt: skip
             self.job.start(order, room, lambda: self._make(order, file))
         return order

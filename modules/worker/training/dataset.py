@@ -89,28 +89,47 @@ def cut(examples: Iterable[Encoded], cutoff: int) -> tuple[list[Encoded], Counts
     return kept, Counts(total, tokens, learned, cuts, left_out, longest)
 
 
-def make_lesson(examples: Iterable[Encoded], options: TrainingOptions) -> Lesson:
-    """Cut, split off what is measured on, pack. Raises BrokenData where nothing is left to learn from."""
+def make_lesson(examples: Iterable[Encoded], options: TrainingOptions, *, whole: bool = True) -> Lesson:
+    """Cut, split off what is measured on, pack. ``whole``: see :func:`split`. Raises BrokenData where nothing is left
+    to learn from."""
     kept, counts = cut(examples, options.cutoff)
     if not kept:
         raise BrokenData(
             f"None of {counts.total} examples teaches anything within the cut-off of {options.cutoff} tokens.",
             f"The longest has {counts.longest:,} tokens: raise the cut-off.",
         )
-    train, evaluation = split(kept, options)
+    train, evaluation = split(kept, options, whole=whole)
     pack = _packed if options.packing else _alone
     return Lesson(pack(train, options.cutoff), pack(evaluation, options.cutoff), counts)
 
 
-def split(examples: list[Encoded], options: TrainingOptions) -> tuple[list[Encoded], list[Encoded]]:
-    """Drawn by the seed; at least one is left on each side. One example alone is learned, and not measured on."""
-    if not options.evaluation_share or len(examples) < 2:
+def split(
+    examples: list[Encoded], options: TrainingOptions, *, whole: bool = True
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Drawn by the seed; at least one is left on each side. One alone is learned, and not measured on.
+
+    ``whole``: what one conversation became stays on one side, as its later prompts hold its earlier answers.
+    """
+    groups = _conversations(examples) if whole else [[place] for place in range(len(examples))]
+    if not options.evaluation_share or len(groups) < 2:
         return examples, []
-    number = min(len(examples) - 1, max(1, round(len(examples) * options.evaluation_share)))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    aside = set(order[:number])
+    number = max(1, round(len(examples) * options.evaluation_share))
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    aside: set[int] = set()
+    for drawn in order[:-1]:
+        if len(aside) >= number:
+            break
+        aside.update(groups[drawn])
     train = [one for place, one in enumerate(examples) if place not in aside]
     return train, [examples[place] for place in sorted(aside)]
+
+
+def _conversations(examples: list[Encoded]) -> list[list[int]]:
+    """The places of the examples by where in the data they come from; pieces of a running text are each their own."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place, one in enumerate(examples):
+        groups.setdefault((one.number, 0 if one.number else place), []).append(place)
+    return list(groups.values())
 
 
 def _alone(examples: list[Encoded], _: int) -> list[Row]:

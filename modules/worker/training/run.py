@@ -61,7 +61,8 @@ def _lesson(order: TrainOrder, tokenizer: Any, emit: Emit) -> Lesson:
     def progress(done: int, total: int) -> None:
         emit(Progress("reading the examples", done, total, "examples"))
 
-    return make_lesson(encode_all(found, tokenizer, order.options.cutoff, progress), order.options)
+    examples = encode_all(found, tokenizer, order.options.cutoff, progress)
+    return make_lesson(examples, order.options, whole=order.whole)
 
 
 def _check_disk(order: TrainOrder, model: Any) -> None:
