@@ -153,6 +153,15 @@ def test_what_was_not_downloaded_here_is_not_replaced(service: Service, hub: Hub
     assert not hub.asked("/config.json")
 
 
+def test_a_small_file_of_a_newer_commit_costs_no_weights(service: Service, hub: Hub) -> None:  # noqa: F811
+    folder = brought(service, "user/model")
+    hub.repos["user/model"].branches["main"] = {**tiny_files(), "chat_template.jinja": b"new"}
+    with pytest.raises(UserError, match=r"user_model holds model\.safetensors of an older commit"):
+        service.downloads.download("user/model", "chat_template.jinja")
+    brought(service, "user/model", "chat_template.jinja,model.safetensors")
+    assert names_in(folder) == {"chat_template.jinja", "model.safetensors"}
+
+
 def test_an_update_replaces_no_file_of_somebodys_own(service: Service, hub: Hub) -> None:  # noqa: F811
     folder = brought(service, "user/model")
     (folder / "chat_template.jinja").write_text("mine")

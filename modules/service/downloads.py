@@ -29,6 +29,7 @@ from modules.hub import (
     placing,
     tokens,
 )
+from modules.hub.choosing import WEIGHT_ENDINGS
 from modules.hub.phantom import phantom
 from modules.hub.queue import key_of
 from modules.library import Library, Model, ModelFacts
@@ -160,11 +161,12 @@ class Downloads:
 
     def check(self, offer: Offer) -> None:
         """Raises UserError where nothing is chosen, where the folder is another repository's, holds files of somebody's
-        own or is not writable; DiskFull.
+        own, would lose its weights, or is not writable; DiskFull.
         """
         if offer.choice.question:
             raise UserError(offer.choice.question, "Name it as the file.")
         _refuse_another(offer.order)
+        _refuse_to_drop_weights(offer.order)
         placing.refuse_to_replace(offer.order, _has_another_size)
         checks.check_room(Path(offer.order.target).parent, offer.missing_bytes)
 
@@ -298,6 +300,17 @@ def _refuse_another(order: Order) -> None:
         raise UserError(
             f"The folder {order.name} holds {Ask(record.repo, record.revision).name}, which would be replaced.",
             "Delete that model, or rename its folder, and try again.",
+        )
+
+
+def _refuse_to_drop_weights(order: Order) -> None:
+    """Raises UserError where small files of a newer commit would come without weights: the older ones do not stay."""
+    if any(file.name.endswith(WEIGHT_ENDINGS) for file in order.files):
+        return
+    if lost := [name for name in placing.stale_in(order) if name.endswith(WEIGHT_ENDINGS)]:
+        raise UserError(
+            f"{order.name} holds {lost[0]} of an older commit, which would be removed.",
+            "Update the model on the Session tab, or choose its weights too.",
         )
 
 
