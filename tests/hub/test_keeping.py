@@ -174,3 +174,22 @@ def test_marks_are_kept(tmp_path: Path) -> None:
     assert again.last_used() == {}
     (tmp_path / ".cache" / "library.json").write_text("[")
     assert again.favourites() == frozenset()
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '"x"', "{}", '{"favourites": {}, "last_used": []}', "[" * 100_000])
+def test_marks_of_a_damaged_file_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "library.json").write_text(text)
+    marks = Marks(tmp_path / "library.json")
+    assert (marks.favourites(), marks.last_used()) == (frozenset(), {})
+    marks.set_favourite("a", True)
+    assert marks.favourites() == {"a"}
+
+
+def test_of_damaged_marks_the_whole_ones_are_left(tmp_path: Path) -> None:
+    times = '{"b": 5, "c": "soon", "d": null, "e": NaN, "f": 1e999, "g": -1, "h": true, "i": ' + "9" * 400 + "}"
+    (tmp_path / "library.json").write_text('{"favourites": ["a", ["b"], 3, null], "last_used": ' + times + "}")
+    marks = Marks(tmp_path / "library.json")
+    assert (set(marks.favourites()), marks.last_used()) == ({"a"}, {"b": 5.0})
+    marks.used("a", 7.2)
+    marks.forget("b")
+    assert (set(marks.favourites()), marks.last_used()) == ({"a"}, {"a": 7.0})
