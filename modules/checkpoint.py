@@ -23,6 +23,7 @@ WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _MAX_JSON_BYTES = 64 << 20  # the index of a thousand experts' tensors takes half of it
+_MAX_DIGITS = 50  # of a whole number; the largest that is in use, the lowest float32, has 39
 _MAX_CODE_BYTES = 64 << 20  # of all Python files of a model; those that are known take a hundredth
 _MAX_DIMENSIONS = 16  # of a tensor; those of models have five
 _MAX_LENGTH = 2**63  # of a dimension or a file: what eight bytes hold with a sign
@@ -171,7 +172,7 @@ def read_json(path: Path, absent: type[BrokenCheckpoint] = BrokenCheckpoint) -> 
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON_BYTES:
                 raise BrokenCheckpoint(f"{name} has {size:,} bytes; {_MAX_JSON_BYTES:,} are the most that is read.")
-            data = json.loads(file.read(size))
+            data = json.loads(file.read(size), parse_int=_whole_number)
     except FileNotFoundError:
         raise absent(f"{path.parent.name} has no {path.name}.") from None
     except (ValueError, UnicodeDecodeError) as error:
@@ -181,6 +182,13 @@ def read_json(path: Path, absent: type[BrokenCheckpoint] = BrokenCheckpoint) -> 
     if not isinstance(data, dict):
         raise BrokenCheckpoint(f"{name} holds no JSON object.")
     return data
+
+
+def _whole_number(digits: str) -> int:
+    """Raises ValueError for one so long that computing with it ends in an error."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def python_files(folder: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from modules.errors import AdapterError, AdapterNotFound
@@ -149,3 +150,23 @@ def test_changed_files_are_read_anew(root: Path) -> None:
     shutil.rmtree(root / "one")
     lora_files.write(root / "one", SHAPES, rank=2)
     assert library.facts("one").ranks == (2,)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ['{"a":' + "[" * 100_000 + "]" * 100_000 + "}", '{"peft_type": "LORA", "lora_alpha": ' + "9" * 400 + "}"],
+    ids=["deep", "long"],
+)
+def test_a_configuration_that_no_program_writes_is_refused(root: Path, config: str) -> None:
+    (lora_files.write(root / "one", SHAPES) / "adapter_config.json").write_text(config)
+    with pytest.raises(AdapterError, match="The LoRA one cannot be read"):
+        LoraLibrary([root]).facts("one")
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity", "9" * 40, "true", '"8"', "[8]"])
+def test_what_is_no_number_of_a_lora_is_none(root: Path, number: str) -> None:
+    folder = lora_files.write(root / "one", {}, tensors={"base_model.model.x.weight": np.ones((1, 1), np.float32)})
+    (folder / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {number}, "lora_alpha": {number}}}')
+    facts = LoraLibrary([root]).facts("one")
+    assert (facts.ranks, facts.alpha) == ((), 0.0)
+    assert facts.summary().startswith("LoRA · ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,9 @@ from modules.errors import (
     OptionError,
     UserError,
 )
+from modules.library import ModelFacts
+from modules.library.loras import LoraFacts
+from modules.planner.lora_fit import LoraFit, lora_fit
 from modules.protocol import AdapterChoice, Piece
 from modules.service import Service, entries_of
 from modules.service.loras import merged_name
@@ -229,3 +232,26 @@ def test_answers_with_different_sets_at_once_each_get_their_own(loaded: Service)
         thread.join(120)
     assert all(word in answers[word] for word in sets), answers
     assert active(loaded) == []
+
+
+def test_whatever_one_holds_the_others_are_offered(make: Make, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "loras" / "herring" / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
+    (home / "loras" / "spare" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": NaN, "lora_alpha": 1e999}'
+    )
+    service = make()
+    monkeypatch.setattr("modules.service.loras.lora_fit", _failing_for("elsewhere"))
+    offers = {offer.lora.name: offer for offer in service.loras.offers("demo")}
+    assert set(offers) == {"broken", "elsewhere", "herring", "lantern", "spare"}
+    assert [name for name, offer in offers.items() if offer.fits] == ["lantern"]
+    assert isinstance(offers["herring"].problem, AdapterError)
+    assert "The LoRA elsewhere cannot be read" in str(offers["elsewhere"].problem)
+
+
+def _failing_for(name: str) -> Callable[[LoraFacts, ModelFacts], LoraFit]:
+    def fit(lora: LoraFacts, model: ModelFacts) -> LoraFit:
+        if lora.lora.name == name:
+            raise OverflowError("a number that nobody thought of")
+        return lora_fit(lora, model)
+
+    return fit

@@ -17,6 +17,7 @@ from modules.library.tensors import TensorInfo, safetensors_tensors
 from modules.units import format_bytes
 
 LORA_WEIGHTS, LORA_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_MAX_NUMBER = 1e9
 _KINDS: Mapping[str, str] = {
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA³", "VERA": "VeRA",
     "OFT": "OFT", "BOFT": "BOFT", "RANDLORA": "RandLoRA", "XLORA": "X-LoRA",
@@ -196,7 +197,10 @@ def _ranks(method: str, config: Mapping[str, Any], tensors: Mapping[str, TensorI
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    """0 for what is no number, or NaN, or larger than any rank or alpha."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_NUMBER:
+        return 0.0
+    return float(value)
 
 
 def _text(value: object) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.errors import LoadstoneError, NothingLoaded, OptionError, UserError
+from modules.errors import AdapterError, LoadstoneError, NothingLoaded, OptionError, UserError
 from modules.library import Library, ModelFacts
 from modules.library.loras import Lora, LoraFacts, LoraLibrary
 from modules.options import LOAD_OPTIONS, adapter_text, split_adapter
@@ -16,6 +17,8 @@ from modules.protocol import AdapterChoice, AdaptersReport, MergeOrder
 from modules.service.merging import Merger
 from modules.service.names import folder_name
 from modules.supervisor import Loaded, Supervisor
+
+logger = logging.getLogger(__name__)
 
 LORA = LOAD_OPTIONS["lora"]
 DEFAULT_SHARD_SIZE = "5GB"
@@ -84,6 +87,9 @@ class Loras:
             fit = lora_fit(facts, model) if model else LoraFit(checked=False)
         except LoadstoneError as problem:
             return LoraOffer(lora, facts, problem)
+        except Exception as error:  # whatever one holds, the others are offered
+            logger.warning("The LoRA %s cannot be described", lora.name, exc_info=True)
+            return LoraOffer(lora, facts, AdapterError(f"The LoRA {lora.name} cannot be read: {error!r}."))
         return LoraOffer(lora, facts, warnings=fit.warnings)
 
     def choices(self, entries: Sequence[str]) -> tuple[AdapterChoice, ...]:
