@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from modules.devices import Machine
-from modules.library import Library
+from modules.library import Library, Model
 from modules.service.badges import Badges, badge
+from tests import checkpoints
 
 ROOMY = Machine(gpus=(), ram_total_bytes=64 * 2**30, ram_free_bytes=60 * 2**30, disk_free_bytes=2**40)
 
@@ -31,3 +34,86 @@ def test_a_broken_model_says_so_and_a_spent_budget_leaves_the_rest(tmp_path: Pat
     found = badges.all(ROOMY, budget_s=30)
     assert found["good"] == "fits"
     assert "damaged" in found["broken"]
+
+
+DAMAGED = "the model's files are damaged or incomplete"
+
+
+def test_a_badge_changes_with_the_files(tmp_path: Path) -> None:
+    """Mended in place, as a copy over it is; replaced, as a repair does; the folder another model's."""
+    folder = checkpoints.copied(checkpoints.llama(), tmp_path / "model")
+    badges, weights = Badges(Library([tmp_path])), folder / "model.safetensors"
+    whole = weights.read_bytes()
+    assert badges.all(ROOMY, budget_s=30) == {"model": "fits"}
+    with weights.open("r+b") as file:
+        file.write(b"damage")
+    assert badges.all(ROOMY, budget_s=30) == {"model": DAMAGED}
+    with weights.open("r+b") as file:
+        file.write(whole[:6])
+    assert badges.all(ROOMY, budget_s=30) == {"model": "fits"}
+    (tmp_path / "new").write_bytes(whole[:-1])
+    (tmp_path / "new").rename(weights)
+    assert badges.all(ROOMY, budget_s=30) == {"model": DAMAGED}
+    shutil.rmtree(folder)
+    checkpoints.copied(checkpoints.sharded(), folder)
+    assert badges.all(ROOMY, budget_s=30) == {"model": "fits"}
+
+
+def test_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        checkpoints.copied(checkpoints.llama(), tmp_path / name)
+    library = Library([tmp_path])
+    badges, looked, facts = Badges(library), [], library.facts
+
+    def counted(model: Model | str) -> object:
+        looked.append(model.name if isinstance(model, Model) else model)
+        return facts(model)
+
+    monkeypatch.setattr(library, "facts", counted)
+    for _ in range(3):
+        assert badges.all(ROOMY, budget_s=30) == {"a": "fits", "b": "fits"}
+    assert looked == ["a", "b"]
+    (tmp_path / "b" / "config.json").touch()
+    badges.all(ROOMY, budget_s=30)
+    assert looked == ["a", "b", "b"]
+    badges.all(replace(ROOMY, ram_total_bytes=2**40), budget_s=30)
+    assert looked == ["a", "b", "b", "a", "b"]
+
+
+def test_with_little_time_what_changed_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"m{number}" for number in range(5)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for file in checkpoints.llama().iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+    library = Library([tmp_path])
+    badges, compared, identity = Badges(library), [], library.identity
+    now = 1.0
+    monkeypatch.setattr("modules.service.badges.time.monotonic", lambda: now)
+    badges.all(ROOMY, budget_s=30)
+
+    def slow(model: Model) -> object:
+        nonlocal now
+        now += 1.0
+        compared.append(model.name)
+        return identity(model)
+
+    monkeypatch.setattr(library, "identity", slow)
+    (tmp_path / "m3" / "model.safetensors").unlink()
+    (tmp_path / "m3" / "model.safetensors").write_bytes(b"cut")
+    assert badges.all(ROOMY, budget_s=1.5) == {**dict.fromkeys(names, "fits"), "m3": DAMAGED}
+    for _ in range(2):
+        badges.all(ROOMY, budget_s=1.5)
+    assert compared == ["m3", "m0", "m1", "m2", "m4", "m3"]
+
+
+def test_whatever_one_model_holds_the_others_have_their_word(tmp_path: Path) -> None:
+    checkpoints.copied(checkpoints.llama(), tmp_path / "good")
+    for name, wrong in (("long", {"hidden_size": 10**400}), ("odd", {"layer_types": 5})):
+        config = checkpoints.copied(checkpoints.llama(), tmp_path / name) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+    header = json.dumps({"a": {"dtype": "ZZ", "data_offsets": [0, 1]}}).encode()
+    weights = checkpoints.copied(checkpoints.llama(), tmp_path / "headless") / "model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    found = Badges(Library([tmp_path])).all(ROOMY, budget_s=30)
+    assert found == {"good": "fits", "headless": DAMAGED, "long": DAMAGED, "odd": "cannot be read"}

@@ -109,6 +109,10 @@ class Library:
             f"There is no model {name!r} in {places}.", f"Did you mean {' or '.join(near)}?" if near else ""
         )
 
+    def identity(self, model: Model) -> object:
+        """What changes when the model's files do; equal to nothing where they cannot be looked at. Opens none."""
+        return _identity(model)
+
     def facts(self, model: Model | str) -> ModelFacts:
         """What the model is; read again when its files have changed. Raises what :func:`read_facts` raises."""
         found = self.find(model) if isinstance(model, str) else model
@@ -161,18 +165,23 @@ def _identity(model: Model) -> object:
     """What changes when the model's files do, of everything that facts are read from.
 
     The time of the last change of a file's data or attributes (ctime) cannot be set back, as its modification
-    time can: Python files that were swapped for others of the same size are seen.
+    time can: Python files that were swapped for others of the same size are seen. Of a folder inside there is its
+    own time, which changes when a file in it is put in the place of another.
     """
     try:
         if not model.path.is_dir():
             return _stamp(model.path)
         with os.scandir(model.path) as entries:
-            top = [Path(entry.path) for entry in entries if not entry.is_dir()]
-        return tuple(sorted((str(path), _stamp(path)) for path in {*top, *python_files(model.path)}))
+            found = list(entries)
+        deep = python_files(model.path) if any(entry.is_dir(follow_symlinks=False) for entry in found) else ()
+        return {entry.name: _stamp(entry) for entry in found}, {path: _stamp(path) for path in deep}
     except OSError:
         return object()  # equal to nothing: read anew
 
 
-def _stamp(path: Path) -> tuple[int, int, int, int]:
-    stat = path.stat() if path.exists() else path.lstat()  # a link to nowhere is a file that is not read
+def _stamp(path: Path | os.DirEntry[str]) -> tuple[int, int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link that cannot be followed is a file that is not read
+        stat = os.lstat(path)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
