@@ -65,19 +65,33 @@ def prepare(model: Any) -> None:
 
     bitsandbytes (0.50.2) and gptqmodel (7.6.0) repack 4-bit weights on a CPU at the first forward in evaluation mode,
     into a form that has no backward pass: training after an evaluation would learn nothing below it. Here they stay as
-    they are. A CPU multiplies float16 some thirty times as slowly as bfloat16 (torch 2.13): what is kept in it beside
-    GPTQ's packed weights becomes bfloat16, in which the packed ones are then multiplied too.
+    they are. What is float16 becomes bfloat16, in which packed weights are then multiplied too: the loss is a mean over
+    all tokens of a step, and gradients that small are lost in float16; and a CPU multiplies it some thirty times as
+    slowly (torch 2.13). See :func:`loses_gradients` for GPUs without bfloat16.
     """
+    replaces = all(has_bfloat16(device) for device in {parameter.device for parameter in model.parameters()})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+        if parameter.dtype == torch.float16 and replaces:
             parameter.data = parameter.data.to(torch.bfloat16)
     for module in model.modules():
+        if getattr(module, "compute_dtype", None) == torch.float16 and replaces:
+            module.compute_dtype = torch.bfloat16
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if getattr(module, "linear_mode", "") is None:
             module.linear_mode = "train"
     model.config.use_cache = False
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it computes in bfloat16 without emulating it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def loses_gradients(model: Any) -> bool:
+    """Whether gradients pass through float16, so that the loss has to be scaled for them."""
+    return any(parameter.dtype == torch.float16 for parameter in model.parameters())
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ _CHECKPOINTS = 10  # in a training, where nobody says otherwise
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def arguments(order: TrainOrder, lesson: Lesson) -> TrainingArguments:
+def arguments(order: TrainOrder, lesson: Lesson, *, scales_loss: bool = False) -> TrainingArguments:
     """The Trainer's. Logging at every step costs one number read from the device."""
     options, steps = order.options, lesson.steps(order.options)
     every = options.checkpoint_steps or max(1, math.ceil(steps / _CHECKPOINTS))
@@ -47,6 +47,7 @@ def arguments(order: TrainOrder, lesson: Lesson) -> TrainingArguments:
         max_steps=steps,
         seed=options.seed,
         optim="adamw_torch",
+        fp16=scales_loss,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -80,7 +81,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self._aside: Path | None = None
         super().__init__(
             model=model,
-            args=arguments(order, lesson),
+            args=arguments(order, lesson, scales_loss=adapter.loses_gradients(model)),
             data_collator=collator(pad, packing=order.options.packing),
             train_dataset=Rows(lesson.train),
             eval_dataset=Rows(lesson.evaluation) if lesson.evaluation else None,
