@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modules.devices import Machine, cpu_bf16
+from modules.devices import Gpu, Machine, cpu_bf16
 from modules.options import LoadOptions
 from modules.planner import DEFAULT, Checkpoint, plan, read_checkpoint
 from modules.planner.learning import Measurement, calibrated, correction, expected, kind_of
@@ -70,6 +70,22 @@ def test_no_correction_makes_the_process_smaller_than_nothing(llama: Checkpoint)
     planned = plan(llama, OPTIONS, MACHINE, ctx_tokens=1024, calibration=calibration)
     assert all(device.fixed_bytes >= 0 for device in planned.devices)
     assert planned.peak_bytes >= planned.weights_bytes
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_one_load_teaches_all_of_it_whatever_other_gpus_there_are(llama: Checkpoint, number: int) -> None:
+    gpus = tuple(Gpu(at, "simulated", str(at), 24 * 2**30, 24 * 2**30) for at in range(number))
+    machine = replace(MACHINE, gpus=gpus)
+    before = plan(llama, OPTIONS, machine, ctx_tokens=1024)
+    assert before.device_map == {"": "0"}
+    gpu = expected(before, DEFAULT, from_copy=False)[0]
+    truth = gpu.peak_bytes() + 1000 * MIB
+    for _ in range(2):  # and what it was without a correction is told the same each time
+        calibration = calibrated(before, [took(gpu.peak_bytes(), truth, gpu.kind)], from_copy=False)
+        after = expected(plan(llama, OPTIONS, machine, ctx_tokens=1024, calibration=calibration), calibration,
+                         from_copy=False)[0]  # fmt: skip
+        assert after.peak_bytes() == truth
+        assert after.peak_bytes() - after.correction_bytes == gpu.peak_bytes()
 
 
 @pytest.mark.parametrize("used", [0.0, 0.25, 1.0])

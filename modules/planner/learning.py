@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from modules.planner.devices import CPU, DISK
+from modules.planner.devices import CPU, DISK, DevicePlan
 from modules.planner.memory import DEFAULT, Calibration
 from modules.planner.planning import Plan
 from modules.protocol import Expected
@@ -57,7 +57,7 @@ def device_of(kind: str) -> str:
 
 def expected(plan: Plan, calibration: Calibration, *, from_copy: bool) -> tuple[Expected, ...]:
     """What ``plan``, made with ``calibration``, says of the GPUs and of RAM; of GPUs only where there are some."""
-    gpus = [device for device in plan.devices if device.key not in (CPU, DISK)]
+    gpus = _gpus_in_use(plan)
     ram = [device for device in plan.devices if device.key == CPU]
     found = []
     for name, devices, correction in (
@@ -80,8 +80,13 @@ def calibrated(
     corrections = {"GPU": 0, "RAM": 0}
     for one in expected(plan, base, from_copy=from_copy):
         corrections[device_of(one.kind)] = correction([m for m in known if m.kind == one.kind], one.peak_bytes())
-    gpus = sum(1 for device in plan.devices if device.key not in (CPU, DISK))
-    return base.corrected(gpu_bytes=corrections["GPU"] // max(1, gpus), ram_bytes=corrections["RAM"])
+    gpus = max(1, len(_gpus_in_use(plan)))
+    return base.corrected(gpu_bytes=corrections["GPU"] // gpus, ram_bytes=corrections["RAM"])
+
+
+def _gpus_in_use(plan: Plan) -> list[DevicePlan]:
+    """Those that hold something: only there is a context, and what it takes more than was planned."""
+    return [device for device in plan.devices if device.key not in (CPU, DISK) and device.total_bytes]
 
 
 def correction(measurements: Iterable[Measurement], planned_bytes: int) -> int:
