@@ -19,10 +19,11 @@ from modules.library.loras import Lora, read_lora
 from modules.training import runs
 from modules.training.messages import Trained, TrainEvaluation, TrainOrder, TrainPaused, TrainStarted, TrainStep
 from modules.worker import transformers_loader
-from modules.worker.training import adapter
+from modules.worker.training import adapter, run
 from modules.worker.training.control import Control
 from modules.worker.training.dataset import Shuffled, collator, make_lesson
 from modules.worker.training.encoding import encode_all
+from modules.worker.training.loop import Loop
 from modules.worker.training.run import train
 from tests import checkpoints, loras, trainings
 from tests.worker.adapted import Adapted, load
@@ -192,6 +193,27 @@ def test_a_training_that_falls_apart_is_ended(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TrainingDiverged, match="step 1 is nan"):
         train(order, Control(), lambda _: None)
     assert not Path(order.out).exists()
+
+
+@pytest.mark.parametrize("reserved", [0, 7 * 2**20])
+def test_the_memory_of_a_training_is_the_gpus_or_else_the_processs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved: int
+) -> None:
+    order = small(tmp_path, max_steps=1, evaluation_share=0)
+
+    class WithGpus(Loop):
+        def run(self) -> None:
+            super().run()
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+            monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda gpu: reserved)
+
+    monkeypatch.setattr(run, "Loop", WithGpus)
+    made, _ = trained(order)
+    if reserved:
+        assert made.peak_bytes == 2 * reserved
+    else:
+        assert made.peak_bytes > 100 * 2**20
 
 
 # --- asked to end ---

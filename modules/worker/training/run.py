@@ -114,6 +114,6 @@ def _size(folder: Path) -> int:
 
 
 def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return sum(int(torch.cuda.max_memory_reserved(gpu)) for gpu in range(torch.cuda.device_count()))
-    return memory_of_this_process()[1]
+    """Of the GPUs where they were used, else of the process: a GPU that is there may have had no part in it."""
+    gpus = sum(int(torch.cuda.max_memory_reserved(gpu)) for gpu in range(torch.cuda.device_count()))
+    return gpus or memory_of_this_process()[1]
