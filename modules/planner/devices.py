@@ -21,16 +21,6 @@ class Room:
     working_bytes: int = 0  # where it computes
     fixed_bytes: int = 0  # where it computes at all; RAM: always
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.key.isdigit()
-
-    @property
-    def weights_room(self) -> int:
-        """What is left for weights and KV cache when the device computes."""
-        assert self.cap_bytes is not None
-        return self.cap_bytes - self.working_bytes - self.fixed_bytes
-
 
 @dataclass(frozen=True)
 class DevicePlan:

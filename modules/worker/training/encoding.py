@@ -17,7 +17,6 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks
 _NAMED = 5  # bad examples that a message names
 _LOOK_BACK = 8  # tokens before one that decide how its text is written
 
-Render = Callable[[ChatMessages, bool], str]
 Span = tuple[int, int]
 
 
