@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -32,6 +32,8 @@ _DTYPE_BITS: Mapping[str, int] = {
     "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+_NAME_CODE = ("config.json", "tokenizer_config.json")
+_GENERATE = "custom_generate/generate"  # which transformers runs where it is there, without being told to
 SETTINGS_FILES = ("config.json", "generation_config.json")
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -209,6 +211,45 @@ def code_hashes(folder: Path) -> dict[str, str]:
             "Remove those that the model does not need.",
         )
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def code_references(folder: Path, read: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, list[str]]:
+    """The Python classes that a model's configurations name (auto_map), by file, for those that name any.
+
+    ``module.Class`` of the folder, or ``org/name--module.Class`` of another repository. ``read`` reads one file;
+    without it a damaged one raises BrokenCheckpoint.
+    """
+    read = read or read_json
+    # Where config.json lists config.5.0.0.json, transformers takes the newest of those that it is new enough for.
+    files = [*(folder / name for name in _NAME_CODE), *sorted(folder.glob("config.*.json"))]
+    auto_maps = {file.name: read(file).get("auto_map") for file in files if file.exists()}
+    return {name: sorted(_texts(auto_map)) for name, auto_map in auto_maps.items() if auto_map}
+
+
+def _texts(value: object, depth: int = 3) -> set[str]:
+    """The texts of an auto_map: it names a class, or of a tokenizer two, or of an image processor one a package."""
+    if isinstance(value, str):
+        return {value}
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return {text for item in inner for text in _texts(item, depth - 1)} if depth else set()
+
+
+def refuse_hidden_code(folder: Path, references: Mapping[str, Sequence[str]], shown: Collection[str]) -> None:
+    """Raise UnsafeCheckpoint for Python code that would run and is not among the files ``shown``.
+
+    transformers takes any path for a module. One that leads out of the folder, or through a link or a hidden folder,
+    names code that nobody saw. Where there is no such file nothing can run, and a model may do without.
+    """
+    named = [("transformers", _GENERATE), *((s, r.rpartition(".")[0]) for s, many in references.items() for r in many)]
+    for source, module in named:
+        file = f"{module}.py"
+        if "--" in module or file in shown:  # that of another repository is shown as such
+            continue
+        if _leaves(PurePosixPath(file)) or _leaves(PureWindowsPath(file)) or os.path.lexists(folder / file):
+            raise UnsafeCheckpoint(
+                f"{source} takes Python code of {folder.name} that is not among its files: {file}.",
+                "Put the file into the model's folder itself, not behind a link, and mend auto_map.",
+            )
 
 
 def _check_tensors_are_there(index: Path, weight_map: Mapping[str, str]) -> None:

@@ -97,6 +97,13 @@ def test_circumstances(demo_model: Path) -> None:
     assert not found.has_custom_code
 
 
+def name_code(folder: Path, reference: str, name: str = "config.json") -> None:
+    """Let one of the folder's configurations name a class of Python code."""
+    file = folder / name
+    data = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(data | {"auto_map": {"AutoConfig": reference}}))
+
+
 class TestCode:
     def test_every_python_file_counts(self, copy: Callable[[Path], Path]) -> None:
         folder = copy(checkpoints.custom_code())
@@ -130,6 +137,42 @@ class TestCode:
         config["auto_map"] = {"AutoConfig": "org/name--configuration.Own"}
         (folder / "config.json").write_text(json.dumps(config))
         assert facts(folder).code_files == (CodeFile("org/name--configuration.Own", ""),)
+
+    def test_a_tokenizer_may_name_it_in_a_list(self, copy: Callable[[Path], Path]) -> None:
+        folder = copy(checkpoints.llama())
+        (folder / "tokenizer_config.json").write_text('{"auto_map": ["org/name--tok.Own", null]}')
+        assert facts(folder).code_files == (CodeFile("org/name--tok.Own", ""),)
+
+    def test_code_that_is_not_there_is_done_without(self, copy: Callable[[Path], Path]) -> None:
+        """Quantized copies often keep the auto_map of the original, and not its files."""
+        folder = copy(checkpoints.llama())
+        name_code(folder, "modeling_gone.Own")
+        assert facts(folder).code_files == ()
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "config.4.0.0.json"])
+    @pytest.mark.parametrize("reference", ["code/modeling.Own", "/outside/modeling.Own", "../modeling.Own"])
+    def test_code_that_would_not_be_shown_is_refused(
+        self, copy: Callable[[Path], Path], name: str, reference: str
+    ) -> None:
+        folder = copy(checkpoints.custom_code())
+        (folder / ".hidden").mkdir()
+        (folder / ".hidden" / "modeling.py").write_text("x = 1\n")
+        (folder / "code").symlink_to(".hidden")
+        assert [file.name for file in facts(folder).code_files] == ["modeling_own.py"]
+        name_code(folder, reference, name)
+        with pytest.raises(UnsafeCheckpoint, match=f"{name} takes Python code .* {reference[:-4]}"):
+            facts(folder)
+
+    def test_a_way_to_generate_that_would_not_be_shown_is_refused(self, copy: Callable[[Path], Path]) -> None:
+        folder = copy(checkpoints.custom_code())
+        (folder / ".hidden").mkdir()
+        (folder / ".hidden" / "generate.py").write_text("x = 1\n")
+        (folder / "custom_generate").symlink_to(".hidden")
+        with pytest.raises(UnsafeCheckpoint, match=r"custom_generate/generate\.py"):
+            facts(folder)
+        (folder / "custom_generate").unlink()
+        (folder / ".hidden").rename(folder / "custom_generate")
+        assert {file.name for file in facts(folder).code_files} == {"modeling_own.py", "custom_generate/generate.py"}
 
     def test_a_file_swapped_for_one_of_the_same_size_and_time_is_seen(self, copy: Callable[[Path], Path]) -> None:
         folder = copy(checkpoints.custom_code())

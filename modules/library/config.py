@@ -101,17 +101,6 @@ def _method(stored: Config) -> str:
     return method
 
 
-def has_auto_map(config: Config) -> bool:
-    return bool(config.get("auto_map"))
-
-
-def foreign_code(config: Config) -> list[str]:
-    """The references of auto_map to code of other repositories (``org/name--module.Class``)."""
-    references = _object(config, "auto_map").values()
-    flat = [item for value in references for item in (value if isinstance(value, list) else [value])]
-    return sorted({item for item in flat if isinstance(item, str) and "--" in item})
-
-
 def _object(config: Config, key: str) -> Config:
     value = config.get(key)
     return value if isinstance(value, Mapping) else {}

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoint import check_files, code_hashes, read_json, weight_files
+from modules.checkpoint import (
+    check_files,
+    code_hashes,
+    code_references,
+    read_json,
+    refuse_hidden_code,
+    weight_files,
+)
 from modules.errors import BrokenCheckpoint, LoadstoneError, ModelNotFound, NotAModel, UnsupportedModel
 from modules.library import config as reading
 from modules.library.gguf_header import GgufHeader, read_header
@@ -155,7 +162,7 @@ def _folder_facts(model: Model) -> ModelFacts:
         has_rope=rope is not None,
         rope_theta=rope[0] if rope else 0.0,
         rope_scaling=rope[1] if rope else "",
-        code_files=_code_files(folder, config, tokenizer),
+        code_files=_code_files(folder),
         has_fast_tokenizer="tokenizer.json" in names or names.isdisjoint(_SENTENCEPIECE),
         has_slow_tokenizer=not names.isdisjoint(_SENTENCEPIECE),
         has_chat_template=_has_chat_template(names, tokenizer),
@@ -176,16 +183,22 @@ def _has_chat_template(names: set[str], tokenizer: Mapping[str, Any]) -> bool:
     return not names.isdisjoint({"chat_template.jinja", "chat_template.json"}) or bool(tokenizer.get("chat_template"))
 
 
-def _code_files(folder: Path, *configs: Mapping[str, Any]) -> tuple[CodeFile, ...]:
+def _code_files(folder: Path) -> tuple[CodeFile, ...]:
     """Every Python file, where the configuration of the model or the tokenizer names code (auto_map).
 
-    Code of other repositories, which would be fetched, is named without a hash: nobody can allow it as seen.
+    Code of other repositories, which would be fetched, is named without a hash: nobody can allow it as seen. Raises
+    UnsafeCheckpoint where other code than those files would run.
     """
-    if not any(reading.has_auto_map(config) for config in configs):
+    references = code_references(folder, _optional_json)
+    if not references:
         return ()
-    own = [CodeFile(name, sha256) for name, sha256 in code_hashes(folder).items()]
-    foreign = sorted({reference for config in configs for reference in reading.foreign_code(config)})
-    return (*own, *(CodeFile(reference, "") for reference in foreign))
+    hashes = code_hashes(folder)
+    refuse_hidden_code(folder, references, hashes)
+    foreign = sorted({reference for named in references.values() for reference in named if "--" in reference})
+    return (
+        *(CodeFile(name, sha256) for name, sha256 in hashes.items()),
+        *(CodeFile(reference, "") for reference in foreign),
+    )
 
 
 def _gguf_facts(model: Model) -> ModelFacts:

@@ -18,7 +18,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from modules import precision
-from modules.checkpoint import check_files, code_hashes, read_json, safetensors_header, weight_files
+from modules.checkpoint import (
+    check_files,
+    code_hashes,
+    code_references,
+    refuse_hidden_code,
+    safetensors_header,
+    weight_files,
+)
 from modules.devices import cpu_bf16
 from modules.errors import (
     BrokenCheckpoint,
@@ -138,18 +145,20 @@ def check_source(order: LoadOrder) -> None:
         )
     if not order.custom_code_allowed or order.file_format == "gguf":
         return
-    if order.code_hashes and code_hashes(folder) != order.code_hashes:
+    hashes = code_hashes(folder)
+    if order.code_hashes and hashes != order.code_hashes:
         raise CustomCodeRefused(
             f"The Python files of {order.name} are not the ones that were allowed: they changed meanwhile.",
             "Look at them again, and allow them if you trust them.",
         )
-    for file in (folder / "config.json", folder / "tokenizer_config.json"):
-        auto_map = read_json(file).get("auto_map", {}) if file.exists() else {}
-        if "--" in str(auto_map):
+    references = code_references(folder)
+    for name, named in references.items():
+        if foreign := [reference for reference in named if "--" in reference]:
             raise CustomCodeRefused(
-                f"{file.name} of {order.name} names Python code of another repository: {auto_map}.",
+                f"{name} of {order.name} names Python code of another repository: {', '.join(foreign)}.",
                 "Only code that lies in the model's own folder is run. Put the files there and mend auto_map.",
             )
+    refuse_hidden_code(folder, references, hashes)
 
 
 def model_facts(order: LoadOrder) -> ModelFacts:
