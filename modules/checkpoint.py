@@ -21,6 +21,15 @@ WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
     "safetensors": ("model.safetensors", "model.safetensors.index.json"),
     "pytorch": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
+# The files of a LoRA, as peft saves it; the last is how older ones keep the weights.
+LORA_CONFIG, LORA_WEIGHTS, LORA_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# Weights that no loader takes, by the ending of their files.
+OTHER_WEIGHTS: Mapping[str, str] = {
+    ".h5": "TensorFlow weights", ".msgpack": "Flax weights", ".onnx": "ONNX weights", ".onnx_data": "ONNX weights",
+    ".pth": "the original PyTorch weights", ".pt": "PyTorch weights", ".ckpt": "a training checkpoint",
+    ".ot": "Rust weights", ".tflite": "TensorFlow Lite weights", ".mlmodel": "Core ML weights", ".npz": "MLX weights",
+    ".mlpackage": "Core ML weights", ".nemo": "NeMo weights", ".exl2": "ExLlama weights",
+}  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _MAX_JSON_BYTES = 64 << 20  # the index of a thousand experts' tensors takes half of it
 _MAX_DIGITS = 50  # of a whole number; the largest that is in use, the lowest float32, has 39

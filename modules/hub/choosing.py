@@ -10,19 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modules.checkpoint import safe_name
+from modules.checkpoint import LORA_CONFIG, LORA_PICKLE, LORA_WEIGHTS, OTHER_WEIGHTS, safe_name
 from modules.errors import NotOnHub, UserError
 
 Kind = Literal["model", "lora"]
-LORA_CONFIG = "adapter_config.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf")  # of the formats that are loaded
 _INDEX = ".index.json"  # of weights in several files
-_OTHER_WEIGHTS: Mapping[str, str] = {
-    ".h5": "TensorFlow weights", ".msgpack": "Flax weights", ".onnx": "ONNX weights", ".onnx_data": "ONNX weights",
-    ".pth": "the original PyTorch weights", ".pt": "PyTorch weights", ".ckpt": "a training checkpoint",
-    ".ot": "Rust weights", ".tflite": "TensorFlow Lite weights", ".mlmodel": "Core ML weights", ".npz": "MLX weights",
-    ".mlpackage": "Core ML weights", ".nemo": "NeMo weights", ".llamafile": "a llamafile", ".pkl": "a pickle",
-    ".exe": "a program", ".zip": "an archive", ".gz": "an archive", ".tar": "an archive",
+_NOT_LOADED: Mapping[str, str] = {
+    **OTHER_WEIGHTS, ".llamafile": "a llamafile", ".pkl": "a pickle", ".exe": "a program",
+    ".zip": "an archive", ".gz": "an archive", ".tar": "an archive",
 }  # fmt: skip
 _TRAINING = re.compile(r"^(optimizer|scheduler|rng_state|trainer_state|training_args|scaler|random_states)[^/]*$")
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".mp3", ".wav", ".pdf", ".ipynb"})
@@ -121,7 +117,7 @@ def _suiting(repo: str, files: Sequence[RemoteFile]) -> Choice | None:
 def kind_of(files: Iterable[RemoteFile]) -> Kind:
     """A LoRA where adapter weights lie beside their configuration."""
     names = {file.name for file in files}
-    adapter = not names.isdisjoint({"adapter_model.safetensors", "adapter_model.bin"})
+    adapter = not names.isdisjoint({LORA_WEIGHTS, LORA_PICKLE})
     return "lora" if LORA_CONFIG in names and adapter else "model"
 
 
@@ -197,7 +193,7 @@ def _by_ending(name: str, _listed: _Listed) -> str:
     ending = _ending(name).lower()
     if ending in _PICTURES:
         return "not needed to load it"
-    return f"{_OTHER_WEIGHTS[ending]}, which no loader takes" if ending in _OTHER_WEIGHTS else ""
+    return f"{_NOT_LOADED[ending]}, which no loader takes" if ending in _NOT_LOADED else ""
 
 
 def _training(name: str, _listed: _Listed) -> str:
@@ -218,7 +214,7 @@ def _pickle(name: str, listed: _Listed) -> str:
     if not name.endswith((".bin", ".bin.index.json")):
         return ""
     if _of_adapter(name):
-        return "a duplicate of the safetensors" if "adapter_model.safetensors" in listed.names else ""
+        return "a duplicate of the safetensors" if LORA_WEIGHTS in listed.names else ""
     return "a duplicate of the safetensors" if listed.has_safetensors else ""
 
 

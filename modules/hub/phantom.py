@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from modules.hub.choosing import RemoteFile
+from modules.hub.choosing import WEIGHT_ENDINGS, RemoteFile
 from modules.hub.remote import Hub, Repository
 
 _FIRST_BYTES = 100_000  # holds most safetensors headers, as huggingface_hub found
@@ -21,7 +21,6 @@ _SMALL_BYTES = 1 << 20  # a configuration is fetched whole up to this size
 _PICKLE_BYTES = 64
 _ZIP_END_BYTES = 66_000  # holds the end of a ZIP archive's directory, with the longest comment
 _AT_ONCE = 8
-_WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def phantom(hub: Hub, repository: Repository, files: Sequence[RemoteFile], folder: Path) -> None:
@@ -32,7 +31,7 @@ def phantom(hub: Hub, repository: Repository, files: Sequence[RemoteFile], folde
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             stream.write(_beginning(hub, repository, file))
-            if file.name.endswith(_WEIGHTS):  # a configuration as long as is claimed would be read to its end
+            if file.name.endswith(WEIGHT_ENDINGS):  # a configuration as long as is claimed would be read to its end
                 stream.truncate(file.size)  # sparse: it takes no space
             if file.name.endswith(".bin") and file.size > _PICKLE_BYTES:  # a ZIP archive's directory is at its end
                 end = min(file.size - _PICKLE_BYTES, _ZIP_END_BYTES)

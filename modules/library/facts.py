@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modules.checkpoint import (
+    LORA_CONFIG,
+    OTHER_WEIGHTS,
     check_files,
     code_hashes,
     code_references,
@@ -18,7 +20,7 @@ from modules.checkpoint import (
 from modules.errors import BrokenCheckpoint, LoadstoneError, ModelNotFound, NotAModel, UnsupportedModel
 from modules.library import config as reading
 from modules.library.gguf_header import GgufHeader, read_header
-from modules.library.scan import LORA_CONFIG, PIPELINE_CONFIG, UNFINISHED, Model
+from modules.library.scan import PIPELINE_CONFIG, UNFINISHED, Model
 from modules.library.tensors import TensorInfo, main_dtype, main_type, parameters, safetensors_tensors
 from modules.options import Circumstances
 from modules.protocol import Task
@@ -27,10 +29,6 @@ from modules.units import format_bytes, format_count, format_tokens
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SENTENCEPIECE = frozenset({"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"})
 _LEGACY_QUANTIZATION = ("quantize_config.json", "quant_config.json")  # of GPTQ, of AWQ
-_OTHER_FORMATS: Mapping[str, str] = {
-    ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".pth": "original PyTorch", ".pt": "PyTorch",
-    ".ot": "Rust", ".mlmodel": "Core ML", ".exl2": "ExLlama", ".npz": "MLX", ".ckpt": "training checkpoint",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,10 @@ def _refuse_other_things(folder: Path) -> None:
         if (path := folder / name).suffix in (".safetensors", ".bin") and path.exists() and not path.stat().st_size:
             raise BrokenCheckpoint(f"{name} in {folder.name} is empty: its download did not finish.")
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".index.json"))]
-    other = next((name for name in names if Path(name).suffix in _OTHER_FORMATS), None)
+    other = next((name for name in names if Path(name).suffix in OTHER_WEIGHTS), None)
     if other and not weights:
-        kind = _OTHER_FORMATS[Path(other).suffix]
         raise UnsupportedModel(
-            f"{folder.name} holds {kind} weights ({other}); no loader takes them.",
+            f"{folder.name} holds {OTHER_WEIGHTS[Path(other).suffix]} ({other}), which no loader takes.",
             "Get the model as safetensors or as a .gguf file.",
         )
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoint import read_json
+from modules.checkpoint import LORA_CONFIG, LORA_PICKLE, LORA_WEIGHTS, read_json
 from modules.errors import AdapterError, AdapterNotFound, BrokenCheckpoint
-from modules.library.scan import HUB_CACHE, LORA_CONFIG, entries, free_name, snapshot_of
+from modules.library.scan import HUB_CACHE, entries, free_name, snapshot_of
 from modules.library.tensors import TensorInfo, safetensors_tensors
 from modules.units import format_bytes
 
-LORA_WEIGHTS, LORA_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _MAX_NUMBER = 1e9
 _KINDS: Mapping[str, str] = {
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA³", "VERA": "VeRA",

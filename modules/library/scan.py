@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modules.checkpoint import WEIGHT_FILES, read_json, safe_name
+from modules.checkpoint import LORA_CONFIG, WEIGHT_FILES, read_json, safe_name
 from modules.errors import BrokenCheckpoint, UnsafeCheckpoint
 
 FileFormat = Literal["safetensors", "pytorch", "gguf"]
 FOLDER_FORMATS: tuple[FileFormat, ...] = ("safetensors", "pytorch")  # the first whole one is taken
 HUB_CACHE = "Hugging Face cache"
 UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload")  # endings of downloads under way
-LORA_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "model_index.json"  # of a LoRA, of a diffusers pipeline
+PIPELINE_CONFIG = "model_index.json"  # of a diffusers pipeline
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # one of several files, which transformers does not put together
 _PROJECTOR = "mmproj"  # the image part of a GGUF model: no language model by itself
 _SAME_TICK_NS = 2_000_000_000  # the coarsest clock of a file system: two changes within it may look like one

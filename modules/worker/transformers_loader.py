@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from modules import precision
 from modules.checkpoint import (
+    LORA_CONFIG,
     check_files,
     code_hashes,
     code_references,
@@ -138,11 +139,9 @@ def check_source(order: LoadOrder) -> None:
     path = Path(order.path)
     check_files(path, order.file_format)
     folder = path.parent if order.file_format == "gguf" else path
-    if (folder / "adapter_config.json").exists():
+    if (folder / LORA_CONFIG).exists():
         # from_pretrained would attach it, and load whatever base model the file names.
-        raise NotAModel(
-            f"{order.name} is a LoRA (adapter_config.json).", "Put it under loras/ and load its base model."
-        )
+        raise NotAModel(f"{order.name} is a LoRA ({LORA_CONFIG}).", "Put it under loras/ and load its base model.")
     if not order.custom_code_allowed or order.file_format == "gguf":
         return
     hashes = code_hashes(folder)

@@ -13,11 +13,10 @@ from peft import PeftConfig, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from modules.checkpoint import read_json, safetensors_header
+from modules.checkpoint import LORA_CONFIG, LORA_PICKLE, LORA_WEIGHTS, read_json, safetensors_header
 from modules.errors import AdapterError, AdapterNotFound, BrokenCheckpoint
 from modules.protocol import AdapterChoice
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor's name in the file; then it goes on as in the model
 KINDS = {PeftType.LORA: "LoRA", PeftType.LOHA: "LoHa", PeftType.LOKR: "LoKr"}  # those whose weight can be scaled
 # Ways to initialize that leave the base model alone; every other one starts from a changed copy of its weights.
@@ -45,13 +44,13 @@ class AdapterFiles:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors, on the CPU and in memory of their own: the file may change. Raises AdapterError."""
         try:
-            tensors = load_safetensors((self.folder / WEIGHTS).read_bytes())
+            tensors = load_safetensors((self.folder / LORA_WEIGHTS).read_bytes())
         except FileNotFoundError:
             raise _gone(self.name, self.folder) from None
         except (OSError, SafetensorError) as error:
-            raise AdapterError(f"{WEIGHTS} of the LoRA {self.name} cannot be read: {error}.") from error
+            raise AdapterError(f"{LORA_WEIGHTS} of the LoRA {self.name} cannot be read: {error}.") from error
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != self.shapes:
-            raise AdapterError(f"{WEIGHTS} of the LoRA {self.name} changed while it was read.", "Apply it again.")
+            raise AdapterError(f"{LORA_WEIGHTS} of the LoRA {self.name} changed while it was read.", "Apply it again.")
         if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
             raise AdapterError(f"{len(broken)} tensors of the LoRA {self.name} hold NaN or infinity: {broken[0]}, …")
         return tensors
@@ -60,7 +59,7 @@ class AdapterFiles:
 def fingerprint(folder: Path) -> Fingerprint | None:
     """What changes when the adapter's files do; None where one of them is not there."""
     try:
-        stats = [os.stat(folder / name) for name in (CONFIG, WEIGHTS)]
+        stats = [os.stat(folder / name) for name in (LORA_CONFIG, LORA_WEIGHTS)]
     except OSError:
         return None
     return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
@@ -70,10 +69,10 @@ def read(choice: AdapterChoice) -> AdapterFiles:
     """Check the files of one LoRA and read what describes it. Raises AdapterError and AdapterNotFound."""
     folder = _folder(choice)
     try:
-        data = read_json(folder / CONFIG)
+        data = read_json(folder / LORA_CONFIG)
         found = fingerprint(folder)
         _check_weights_are_there(choice.name, folder)
-        header = safetensors_header(folder / WEIGHTS)
+        header = safetensors_header(folder / LORA_WEIGHTS)
     except BrokenCheckpoint as error:
         raise AdapterError(f"The LoRA {choice.name}: {error.message}") from None
     except OSError:
@@ -101,14 +100,14 @@ def _gone(name: str, folder: Path) -> AdapterNotFound:
 
 
 def _check_weights_are_there(name: str, folder: Path) -> None:
-    if (folder / WEIGHTS).is_file():
+    if (folder / LORA_WEIGHTS).is_file():
         return
-    if (folder / PICKLE).exists():
+    if (folder / LORA_PICKLE).exists():
         raise AdapterError(
-            f"The LoRA {name} is stored as a pickle ({PICKLE}), which can run code when it is opened.",
+            f"The LoRA {name} is stored as a pickle ({LORA_PICKLE}), which can run code when it is opened.",
             "Get it as safetensors, from a source you trust. Nothing was changed.",
         )
-    raise AdapterError(f"The LoRA {name} has no {WEIGHTS}.")
+    raise AdapterError(f"The LoRA {name} has no {LORA_WEIGHTS}.")
 
 
 def _config(name: str, data: dict[str, Any]) -> PeftConfig:
@@ -143,7 +142,7 @@ def _parsed(name: str, data: dict[str, Any]) -> PeftConfig:
     try:
         config = PeftConfig.from_peft_type(**json.loads(json.dumps(data)))
     except (TypeError, ValueError, KeyError) as error:
-        raise AdapterError(f"{CONFIG} of the LoRA {name} cannot be read: {error}.") from error
+        raise AdapterError(f"{LORA_CONFIG} of the LoRA {name} cannot be read: {error}.") from error
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # the file's weights replace them

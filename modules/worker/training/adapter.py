@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from modules.checkpoint import LORA_WEIGHTS
 from modules.errors import NotTrainable, OptionError
 from modules.options import TrainingOptions
-from modules.worker.adapters.files import WEIGHTS
 
 
 def wrap(model: Any, options: TrainingOptions, base_name: str) -> Any:
@@ -111,7 +111,7 @@ def write(model: Any, folder: Path) -> None:
         save_embedding_layers=False,
     )
     plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, {"format": "pt"})
+    save_file(plain, folder / LORA_WEIGHTS, {"format": "pt"})
     config = model.peft_config["default"]
     was, config.inference_mode = config.inference_mode, True
     try:
@@ -122,4 +122,4 @@ def write(model: Any, folder: Path) -> None:
 
 def read(model: Any, folder: Path) -> None:
     """Give the LoRA the weights that were written in ``folder``."""
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    set_peft_model_state_dict(model, load_file(folder / LORA_WEIGHTS))
