@@ -18,6 +18,7 @@ _FIRST_BYTES = 100_000  # holds most safetensors headers, as huggingface_hub fou
 _GGUF_BYTES = 12 << 20  # a GGUF header holds the vocabulary
 _MOST_HEADER_BYTES = 25_000_000  # as huggingface_hub has it; several are in memory at once
 _SMALL_BYTES = 1 << 20  # a configuration is fetched whole up to this size
+_INDEX_BYTES = 32 << 20  # and a list of tensors: that of a model of hundreds of experts has 10 MB
 _PICKLE_BYTES = 64
 _ZIP_END_BYTES = 66_000  # holds the end of a ZIP archive's directory, with the longest comment
 _AT_ONCE = 8
@@ -51,7 +52,8 @@ def _beginning(hub: Hub, repository: Repository, file: RemoteFile) -> bytes:
     if file.name.endswith(".bin"):
         return hub.bytes_of(repository, file.name, 0, min(file.size, _PICKLE_BYTES)) if file.size else b""
     described = file.name.endswith((".index.json", "config.json")) or "/" not in file.name
-    if file.name.endswith((".json", ".jinja")) and described and 0 < file.size <= _SMALL_BYTES:
+    most = _INDEX_BYTES if file.name.endswith(".index.json") else _SMALL_BYTES
+    if file.name.endswith((".json", ".jinja")) and described and 0 < file.size <= most:
         return hub.bytes_of(repository, file.name, 0, file.size)
     return b""
 

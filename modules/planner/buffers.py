@@ -37,7 +37,8 @@ def _rotary(text: Config, module: str) -> Iterator[tuple[str, Part]]:
     nested = {kind: value for kind, value in parameters.items() if isinstance(value, Mapping)}
     if not nested and model_type in ("gemma3_text", "gemma3", "modernbert-decoder"):  # as older files do not say
         nested = {"full_attention": {}, "sliding_attention": {}}
-    used = set(text.get("layer_types") or nested)
+    listed = text.get("layer_types")
+    used = {str(kind) for kind in listed} if isinstance(listed, list) and listed else set(nested)
     for kind, own in nested.items() if nested else [("", parameters)]:
         if kind and kind not in used:
             continue

@@ -24,6 +24,7 @@ from modules.units import format_bytes, format_seconds
 SPEC = LOAD_OPTIONS["lora"]
 MOST_CHOSEN = 8  # weight fields; a set from the command line may hold more
 _REASON_LENGTH = 90
+_NO_ONES = "weight"  # the label of a weight field that no LoRA has
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def build() -> LoraCard:
 def _weight(place: int) -> gr.Number:
     return gr.Number(
         1.0, step=0.05, minimum=LEAST_WEIGHT, maximum=MOST_WEIGHT, visible="hidden", min_width=130,
-        elem_id=f"lora-weight-{place}", interactive=True, label="weight",
+        elem_id=f"lora-weight-{place}", interactive=True, label=_NO_ONES,
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def set_updates(service: Service, model: str | None, text: str | None, *, by_han
 
 def _weight_updates(chosen: Sequence[tuple[str, float]]) -> list[Any]:
     shown = [gr.update(visible=True, label=f"{name}, weight", value=weight) for name, weight in chosen[:MOST_CHOSEN]]
-    return [*shown, *[gr.update(visible="hidden")] * (MOST_CHOSEN - len(shown))]
+    return [*shown, *[gr.update(visible="hidden", label=_NO_ONES)] * (MOST_CHOSEN - len(shown))]
 
 
 def labelled(offers: Sequence[LoraOffer]) -> list[tuple[str, str]]:

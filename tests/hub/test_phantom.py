@@ -60,3 +60,15 @@ def test_a_file_that_claims_to_be_long_is_not_made_long(hub: Hub, tmp_path: Path
     assert sizes["model.safetensors"] == len(bytes_of(tiny_files()["model.safetensors"]))
     with pytest.raises(BrokenCheckpoint, match=r"config\.json .* is not JSON"):
         read_facts(Model("long", tmp_path / "phantom", tmp_path, "safetensors"))
+
+
+def test_a_long_list_of_tensors_is_fetched_whole(hub: Hub, tmp_path: Path) -> None:
+    """Of the largest models it has several megabytes."""
+    files = folder_files(checkpoints.sharded())
+    index = next(name for name in files if name.endswith(".index.json"))
+    files[index] = bytes_of(files[index]) + b" " * (2 << 20)
+    hub.repos["user/large"] = Repo({"main": files})
+    remote = Remote(hub.url)
+    repository = remote.repository(parse("user/large"))
+    phantom(remote, repository, repository.files, tmp_path / "phantom")
+    assert read_facts(Model("large", tmp_path / "phantom", tmp_path, "safetensors")).parameters > 0
