@@ -71,4 +71,4 @@ def test_a_long_list_of_tensors_is_fetched_whole(hub: Hub, tmp_path: Path) -> No
     remote = Remote(hub.url)
     repository = remote.repository(parse("user/large"))
     phantom(remote, repository, repository.files, tmp_path / "phantom")
-    assert read_facts(Model("large", tmp_path / "phantom", tmp_path, "safetensors")).parameters > 0
+    assert read_facts(Model("large", tmp_path / "phantom", tmp_path, "safetensors")).parameters
