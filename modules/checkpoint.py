@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from modules.errors import BrokenCheckpoint, NotAModel, UnsafeCheckpoint
+from modules.errors import AdapterError, BrokenCheckpoint, NotAModel, UnsafeCheckpoint
 
 # The names under which transformers looks for weights in a folder: one file, or the index of many.
 WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
@@ -23,6 +23,11 @@ WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
 }
 # The files of a LoRA, as peft saves it; the last is how older ones keep the weights.
 LORA_CONFIG, LORA_WEIGHTS, LORA_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# The kinds of adapters that can be mixed and weighed, by peft's names: those whose change can be scaled.
+LORA_KINDS: Mapping[str, str] = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+# Ways to initialize that leave the base model alone; every other one starts from a changed copy of its weights.
+_HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal"})
+_NEEDS_MORE = ("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config")
 # Weights that no loader takes, by the ending of their files.
 OTHER_WEIGHTS: Mapping[str, str] = {
     ".h5": "TensorFlow weights", ".msgpack": "Flax weights", ".onnx": "ONNX weights", ".onnx_data": "ONNX weights",
@@ -307,3 +312,30 @@ def _refuse_lfs_pointer(path: Path, start: bytes, size: int) -> None:
 
 def _cut_short(path: Path, size: int, expected: int) -> BrokenCheckpoint:
     return BrokenCheckpoint(f"{path.name} is cut short: {size:,} bytes of {expected:,}.")
+
+
+def check_lora_config(name: str, config: Mapping[str, Any]) -> None:
+    """Raise AdapterError for an adapter that cannot be attached and taken off again, by its adapter_config.json."""
+    if config.get("peft_type") not in LORA_KINDS:
+        raise AdapterError(
+            f"{name} is an adapter of kind {config.get('peft_type')!r}.",
+            f"These kinds can be applied: {', '.join(LORA_KINDS.values())}, DoRA and rsLoRA.",
+        )
+    if (bias := config.get("bias", "none")) not in ("none", False, None):
+        raise AdapterError(
+            f"{name} changes the base model's biases (bias={bias!r}), which could not be taken back.",
+            'Train it with bias="none".',
+        )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
+        raise AdapterError(
+            f"{name} starts from changed base weights (init_lora_weights={init!r}), which could not be taken back.",
+            "Convert it to a plain LoRA: peft's save_pretrained does with path_initial_model_for_weight_conversion.",
+        )
+    if config.get("layer_replication"):
+        raise AdapterError(
+            f"{name} repeats layers of the base model (layer_replication), which could not be taken back.",
+            "Merge it with peft into a model of its own.",
+        )
+    if more := [key for key in _NEEDS_MORE if config.get(key)]:
+        raise AdapterError(f"{name} needs a special way to generate ({more[0]}), which there is none of here.")

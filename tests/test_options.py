@@ -236,7 +236,7 @@ class TestContext:
     def test_alpha_for_is_the_inverse_of_stretching(self, ratio: float) -> None:
         limit = 1_000_000
         stretched = stretched_context(LoadOptions(alpha_value=alpha_for(ratio)), limit)
-        assert stretched == pytest.approx(ratio * limit, rel=0.005)  # alpha has two decimals
+        assert stretched == pytest.approx(ratio * limit, rel=0.007)  # alpha has two decimals, and is rounded up
 
     @given(limit=st.integers(512, 200_000), share=st.floats(1, 4))
     def test_with_alpha_for_a_context_is_not_beyond_the_limit(self, limit: int, share: float) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from modules.checkpoint import check_lora_config
 from modules.errors import AdapterError, AdapterMismatch
 from modules.library import ModelFacts
 from modules.library import config as reading
@@ -16,7 +17,6 @@ from modules.planner.checkpoint import Checkpoint, from_facts
 from modules.planner.layout import layout_of
 from modules.planner.names import head_module, loaded_tensors
 
-SUPPORTED = ("LORA", "LOHA", "LOKR")  # DoRA and rsLoRA are LoRAs too
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.((?:lora|hada|lokr)_\w+|token_adapter\.\w+)(\.weight|\.bias)?$")
 # The matrices that make up a change: outputs × rank, rank × inputs. LoKr's factors tell of neither.
@@ -46,11 +46,7 @@ class LoraFit:
 
 def lora_fit(lora: LoraFacts, model: ModelFacts) -> LoraFit:
     """Raises AdapterMismatch where the LoRA does not fit the model, AdapterError where it fits none."""
-    name = lora.lora.name
-    if lora.method not in SUPPORTED:
-        raise AdapterError(
-            f"{name} is of the kind {lora.kind}, which cannot be applied.", "LoRA, DoRA, rsLoRA, LoHa and LoKr can."
-        )
+    check_lora_config(lora.lora.name, lora.config)
     checkpoint = from_facts(model)
     if not model.tensors or model.model.file_format == "gguf" or not layout_of(checkpoint).exact:
         return LoraFit(_base_warning(lora, model, "whether its shapes fit is seen when it is applied"), checked=False)

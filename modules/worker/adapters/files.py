@@ -9,19 +9,23 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from modules.checkpoint import LORA_CONFIG, LORA_PICKLE, LORA_WEIGHTS, read_json, safetensors_header
+from modules.checkpoint import (
+    LORA_CONFIG,
+    LORA_KINDS,
+    LORA_PICKLE,
+    LORA_WEIGHTS,
+    check_lora_config,
+    read_json,
+    safetensors_header,
+)
 from modules.errors import AdapterError, AdapterNotFound, BrokenCheckpoint
 from modules.protocol import AdapterChoice
 
 PREFIX = "base_model.model."  # of every tensor's name in the file; then it goes on as in the model
-KINDS = {PeftType.LORA: "LoRA", PeftType.LOHA: "LoHa", PeftType.LOKR: "LoKr"}  # those whose weight can be scaled
-# Ways to initialize that leave the base model alone; every other one starts from a changed copy of its weights.
-_HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal"})
-_NEEDS_MORE = ("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config")
 
 Fingerprint: TypeAlias = tuple[tuple[int, int], ...]  # mtime in ns and bytes of each file
 
@@ -39,7 +43,7 @@ class AdapterFiles:
     @property
     def kind(self) -> str:
         """ "LoRA" (DoRA and rsLoRA included), "LoHa" or "LoKr"."""
-        return KINDS[self.config.peft_type]
+        return LORA_KINDS[self.config.peft_type.value]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors, on the CPU and in memory of their own: the file may change. Raises AdapterError."""
@@ -112,29 +116,7 @@ def _check_weights_are_there(name: str, folder: Path) -> None:
 
 def _config(name: str, data: dict[str, Any]) -> PeftConfig:
     """The configuration, for inference. Raises AdapterError for what cannot be attached and taken off again."""
-    if data.get("peft_type") not in {kind.value for kind in KINDS}:
-        raise AdapterError(
-            f"{name} is an adapter of kind {data.get('peft_type')!r}.",
-            f"These kinds can be applied: {', '.join(KINDS.values())}, DoRA and rsLoRA.",
-        )
-    if (bias := data.get("bias", "none")) not in ("none", False, None):
-        raise AdapterError(
-            f"{name} changes the base model's biases (bias={bias!r}), which could not be taken back.",
-            'Train it with bias="none".',
-        )
-    init = data.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
-        raise AdapterError(
-            f"{name} starts from changed base weights (init_lora_weights={init!r}), which could not be taken back.",
-            "Convert it to a plain LoRA: peft's save_pretrained does with path_initial_model_for_weight_conversion.",
-        )
-    if data.get("layer_replication"):
-        raise AdapterError(
-            f"{name} repeats layers of the base model (layer_replication), which could not be taken back.",
-            "Merge it with peft into a model of its own.",
-        )
-    if more := [key for key in _NEEDS_MORE if data.get(key)]:
-        raise AdapterError(f"{name} needs a special way to generate ({more[0]}), which there is none of here.")
+    check_lora_config(name, data)
     return _parsed(name, data)
 
 
