@@ -1,5 +1,5 @@
 @echo off
-rem The same as start.sh, for Windows. Untested: Loadstone is developed on Linux.
+rem The same as start.sh, for Windows. Untested.
 cd /d "%~dp0"
 if not exist .venv\Scripts\python.exe py -3 -m venv .venv || exit /b 2
 fc /b requirements.txt .venv\installed.txt >nul 2>&1

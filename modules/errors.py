@@ -173,7 +173,7 @@ class NothingLoaded(UserError):
 class Busy(UserError):
     kind = "busy"
     status = 409
-    title = "Another load is under way"
+    title = "Something else is under way"
     remedy = "Wait for it to finish, or cancel it."
 
 

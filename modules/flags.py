@@ -61,7 +61,7 @@ class Parsed:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message[:1].upper()}{message[1:]}.", "python server.py --help lists the flags.")
+        raise OptionError(f"{message[:1].upper()}{message[1:]}.", "./start.sh --help lists the flags.")
 
 
 def parse(argv: Sequence[str]) -> Parsed | Help:

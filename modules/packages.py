@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def missing(feature: str) -> tuple[str, ...]:
     """
     importlib.invalidate_caches()
     return tuple(requirement for requirement in EXTRAS.get(feature, ()) if not _installed(_name(requirement)))
+
+
+def install_line(*requirements: str) -> str:
+    """The command that installs them where this Python finds them: in ``.venv``, as start.sh makes it, or elsewhere."""
+    own = Path(sys.prefix) == REQUIREMENTS.parent / ".venv"
+    pip = str(Path(".venv", "Scripts" if sys.platform == "win32" else "bin", "pip")) if own else "pip"
+    return f"{pip} install {' '.join(requirements)}"
 
 
 def installed_versions(requirements: Path = REQUIREMENTS) -> dict[str, str]:

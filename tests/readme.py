@@ -23,9 +23,9 @@ from tests.attacks import listed
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def option_table(specs: Iterable[Spec]) -> str:
-    """A Markdown table of options."""
-    rows = ["| flag | what it does | values | default |", "|---|---|---|---|"]
+def option_table(specs: Iterable[Spec], *, keys: bool = False) -> str:
+    """A Markdown table of options. ``keys``: they stand in a file, and are no flags."""
+    rows = [f"| {'key' if keys else 'flag'} | what it does | values | default |", "|---|---|---|---|"]
     for spec in specs:
         values = "on, off" if spec.kind == "flag" else spec.takes
         rows.append(f"| `{spec.flag}` | {_cell(spec.help)} | {_cell(values)} | {_cell(_default(spec))} |")
@@ -69,7 +69,7 @@ PARTS: Mapping[str, str] = {
     "loader options": load_tables(),
     "generation options": option_table(GENERATION_OPTIONS.values()),
     "server options": option_table(SERVER_OPTIONS.values()),
-    "training options": option_table(TRAINING_OPTIONS.values()),
+    "training options": option_table(TRAINING_OPTIONS.values(), keys=True),
     "commands": option_table(COMMAND_OPTIONS.values()),
     "troubleshooting": troubleshooting(),
     "conformance": conformance.table(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,11 @@ def test_looking_imports_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "pip"), [(packages.REQUIREMENTS.parent / ".venv", r"\.venv\S+pip"), ("/usr", "pip")]
+)
+def test_the_line_installs_where_this_python_looks(prefix: object, pip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    assert re.fullmatch(rf"{pip} install one==1 two", packages.install_line("one==1", "two"))

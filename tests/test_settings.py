@@ -167,6 +167,7 @@ class TestSettingsFile:
 
     def test_the_one_in_the_project_names_every_option_and_sets_none(self) -> None:
         text = settings_example.SETTINGS.read_text(encoding="utf-8")
+        assert text == settings_example.example()
         named_there = re.findall(r"^#?(\w+):", text, re.MULTILINE)
         assert sorted(named_there) == sorted(FILE_OPTIONS)
         assert {**LOAD_OPTIONS, **GENERATION_OPTIONS, **SERVER_OPTIONS}.keys() - FILE_OPTIONS.keys() == {

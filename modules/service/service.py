@@ -347,7 +347,7 @@ def _require_packages(view: View, facts: ModelFacts) -> None:
         if feature in packages.EXTRAS and packages.missing(feature):
             raise MissingPackage(
                 f"{facts.model.name} needs {', '.join(packages.missing(feature))}.",
-                f"Install with: pip install {' '.join(packages.EXTRAS[feature])}",
+                f"Run: {packages.install_line(*packages.EXTRAS[feature])}",
             )
 
 

@@ -89,7 +89,7 @@ class Shelf:
         """
         model = self._library.find(name)
         if model.root == self._library.hf_cache:
-            raise UserError(f"{name} lies in the Hugging Face cache.", "Delete it with: hf cache rm")
+            raise UserError(f"{name} lies in the Hugging Face cache.", "Delete it with the command hf cache rm.")
         if model.root not in self._library.roots:
             raise UserError(f"{name} lies in no model folder: {model.path}.", "Delete it by hand.")
         self._refuse_in_use(model)

@@ -210,7 +210,7 @@ class CodeApprovals:
         if foreign := [file.name for file in code_files if not file.sha256]:
             raise CustomCodeRefused(
                 f"{model_name} runs code that is not in its folder: {', '.join(foreign)}.",
-                "Download that code into the model's folder, or use --trust-remote-code.",
+                "Put that code into the model's folder, and mend auto_map in its files.",
             )
         with self._lock:
             models = {**self._read(), model_name: _hashes(code_files)}

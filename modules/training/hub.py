@@ -31,7 +31,7 @@ def fetch(text: str, file: Path) -> None:
     name, config, split = parts(text)
     if missing := packages.missing(FEATURE):
         raise MissingPackage(
-            f"A data set on the Hub needs {', '.join(missing)}.", f"Install with: pip install {' '.join(missing)}"
+            f"A data set on the Hub needs {', '.join(missing)}.", f"Run: {packages.install_line(*missing)}"
         )
     command = [sys.executable, "-m", "modules.training.hub", name, config, split, str(file)]
     try:

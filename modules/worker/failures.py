@@ -24,6 +24,7 @@ from modules.errors import (
     UnsafeCheckpoint,
     UnsupportedModel,
 )
+from modules.packages import install_line
 from modules.protocol import LoadOrder
 
 _GIB = 1024**3
@@ -112,10 +113,10 @@ def _missing_package(exc: BaseException, order: LoadOrder) -> LoadstoneError | N
         return None
     if isinstance(exc, ModuleNotFoundError) and exc.name:
         return MissingPackage(
-            f"{order.name} needs the package {exc.name}.", f"Run: pip install {exc.name.split('.')[0]}"
+            f"{order.name} needs the package {exc.name}.", f"Run: {install_line(exc.name.split('.')[0])}"
         )
-    named = re.search(r"pip install [\w\-\[\]=<>.,' ]*[\w\]]", str(exc))
-    hint = f"Run: {named[0]}" if named else ""
+    named = re.search(r"pip install ([\w\-\[\]=<>.,' ]*[\w\]])", str(exc))
+    hint = f"Run: {install_line(named[1])}" if named else ""
     return MissingPackage(f"{order.name} needs a package: {_first_line(exc)}", hint)
 
 

@@ -115,7 +115,7 @@ def require(feature: str, why: str) -> None:
     if needed := packages.missing(feature):
         raise MissingPackage(
             f"{why} {feature}, which needs {' and '.join(needed)}.",
-            f"Run: pip install {' '.join(needed)}",
+            f"Run: {packages.install_line(*needed)}",
         )
 
 

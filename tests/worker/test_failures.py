@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modules import packages
 from modules.errors import (
     BrokenCheckpoint,
     CustomCodeRefused,
@@ -127,7 +128,7 @@ def test_a_package_that_is_missing() -> None:
         importlib.import_module("a_package_that_nobody_has.inner")
     error = translate(caught.value, order())
     assert isinstance(error, MissingPackage)
-    assert error.hint == "Run: pip install a_package_that_nobody_has"
+    assert error.hint == f"Run: {packages.install_line('a_package_that_nobody_has')}"
 
 
 def test_a_package_that_custom_code_needs(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_missing_package_is_named_with_the_line_to_run(tmp_path: Path) -> None
     assert packages.missing("aqlm"), "this test needs a quantization package that is not installed"
     with pytest.raises(MissingPackage, match="aqlm") as caught:
         load(with_quantization(tmp_path / "model", "aqlm"), tmp_path, quantization="aqlm")
-    assert caught.value.hint == "Run: pip install aqlm"
+    assert caught.value.hint == f"Run: {packages.install_line('aqlm')}"
 
 
 def test_an_unknown_quantization_is_refused(tmp_path: Path) -> None:

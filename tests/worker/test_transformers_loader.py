@@ -220,7 +220,7 @@ def test_an_attention_whose_package_is_missing_names_it(tmp_path: Path) -> None:
     assert packages.missing("flash_attention_2"), "this test needs flash-attn not to be installed"
     with pytest.raises(MissingPackage, match="flash-attn") as caught:
         load(checkpoints.llama(), tmp_path, attn_implementation="flash_attention_2")
-    assert caught.value.hint == "Run: pip install flash-attn"
+    assert caught.value.hint == f"Run: {packages.install_line('flash-attn')}"
 
 
 @pytest.mark.parametrize("name", ["sharded", "pytorch"])
