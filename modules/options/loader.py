@@ -121,7 +121,7 @@ class LoadOptions:
     )  # fmt: skip
     auto_devices: bool = option(
         "flag", False, "Choose GPU memory",
-        "Let Loadstone choose how much of each GPU to take, leaving room for the context. A load that the plan fits does.",
+        "Let Loadstone choose how much of each GPU to take, leaving room for the context. Loads that fit do so anyway.",
         group="memory", basic=True, applies=_gpu, effect="max_memory",
     )  # fmt: skip
     cpu_memory: float = option(
