@@ -20,10 +20,9 @@ def chromium_path() -> str:
 
 
 @contextlib.contextmanager
-def chromium(*arguments: str) -> Iterator[Browser]:
-    """A browser, which takes further ``arguments``."""
+def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path(), args=[*ARGUMENTS, *arguments])
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=list(ARGUMENTS))
         try:
             yield browser
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modules.devices import Machine
-from modules.library import Library, Model
+from modules.library import Library, Model, ModelFacts
 from modules.service.badges import Badges, badge
 from tests import checkpoints
 
@@ -107,13 +107,22 @@ def test_with_little_time_what_changed_comes_first(tmp_path: Path, monkeypatch: 
     assert compared == ["m3", "m0", "m1", "m2", "m4", "m3"]
 
 
+class Surprised(Library):
+    """Meets in one model what nobody has thought of."""
+
+    def facts(self, model: Model | str) -> ModelFacts:
+        if not isinstance(model, str) and model.name == "odd":
+            raise TypeError("'int' object is not iterable")
+        return super().facts(model)
+
+
 def test_whatever_one_model_holds_the_others_have_their_word(tmp_path: Path) -> None:
-    checkpoints.copied(checkpoints.llama(), tmp_path / "good")
-    for name, wrong in (("long", {"hidden_size": 10**400}), ("odd", {"layer_types": 5})):
-        config = checkpoints.copied(checkpoints.llama(), tmp_path / name) / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+    for name in ("good", "odd"):
+        checkpoints.copied(checkpoints.llama(), tmp_path / name)
+    config = checkpoints.copied(checkpoints.llama(), tmp_path / "long") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 10**400}))
     header = json.dumps({"a": {"dtype": "ZZ", "data_offsets": [0, 1]}}).encode()
     weights = checkpoints.copied(checkpoints.llama(), tmp_path / "headless") / "model.safetensors"
     weights.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
-    found = Badges(Library([tmp_path])).all(ROOMY, budget_s=30)
+    found = Badges(Surprised([tmp_path])).all(ROOMY, budget_s=30)
     assert found == {"good": "fits", "headless": DAMAGED, "long": DAMAGED, "odd": "cannot be read"}

@@ -43,8 +43,11 @@ _RECALL = """(now) => { window.loadstoneRecalled = true; if (now?.length) return
   const empty = ({role, content}) => role === 'assistant' && !(content?.map?.((part) => part.text).join('') ?? content);
   return [kept.filter((message) => !empty(message))] }"""
 
-# Here and not by the server, whose answer would wipe out what is typed next.
-_SENT = """(text, ...rest) => { const field = document.querySelector('#message textarea');
+# The field is emptied here and not by the server, whose answer would wipe out what is typed next. After Enter page.js
+# has done it, and kept what was sent.
+_SENT = """(text, ...rest) => { const sent = window.loadstoneSent; delete window.loadstoneSent;
+  if (sent) return [sent, ...rest];
+  const field = document.querySelector('#message textarea');
   if (text?.trim() && field) { field.value = ''; field.dispatchEvent(new Event('input', {bubbles: true})) }
   return [text, ...rest] }"""
 _BACK = "(back, text) => ['', text?.trim() ? text : back || text]"

@@ -75,6 +75,25 @@
     if (button) button.click();
   });
 
+  // What is sent is what stood there at Enter: Gradio asks for it a moment later, when more may have been typed. Where
+  // nobody asks, since an answer is awaited still, it goes back.
+  const set = (field, text) => {
+    field.value = text;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  document.addEventListener("keydown", (event) => {
+    const field = event.target;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || !field.matches?.("#message textarea")) return;
+    if (!field.value.trim() || window.loadstoneSent || !usable(element("send"))) return;
+    window.loadstoneSent = field.value;
+    set(field, "");
+    setTimeout(() => {
+      const sent = window.loadstoneSent;
+      delete window.loadstoneSent;
+      if (sent) set(field, sent + field.value);
+    }, 1000);
+  }, true);
+
   document.addEventListener("click", async (event) => {
     const button = event.target.closest?.("[data-copy]");
     if (!button) return;

@@ -76,6 +76,15 @@ def kept(page: Page, change: Callable[[], None]) -> None:
     wait_until(lambda: page.evaluate(MEMORY) != before)
 
 
+def pasted(page: Page) -> None:
+    page.locator("#system textarea").click()
+    page.keyboard.insert_text("Answer in rhyme.")
+
+
+def typed_quickly(page: Page) -> None:
+    page.locator("#system textarea").press_sequentially("Answer in rhyme.")
+
+
 def asked(server: Server, who: str) -> http.client.HTTPResponse:
     """A long answer to somebody else, whose first words are there or who waits; closing it makes room."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)

@@ -25,9 +25,11 @@ from tests.e2e.chatting import (
     generating,
     kept,
     new_chat,
+    pasted,
     quiet,
     settled,
     stream,
+    typed_quickly,
     users,
 )
 from tests.e2e.conftest import Server, serving
@@ -200,15 +202,6 @@ def test_sampling_and_system_prompt_come_back(server: Server, open_page: Callabl
     expect(users(page)).to_have_count(0)
 
 
-def pasted(page: Page) -> None:
-    page.locator("#system textarea").click()
-    page.keyboard.insert_text("Answer in rhyme.")
-
-
-def typed_quickly(page: Page) -> None:
-    page.locator("#system textarea").press_sequentially("Answer in rhyme.")
-
-
 @pytest.mark.parametrize("give", [pasted, typed_quickly])
 def test_a_system_prompt_comes_back_however_it_was_given(
     server: Server, open_page: Callable[..., Page], give: Callable[[Page], None]
@@ -308,6 +301,23 @@ def test_what_is_typed_after_enter_stays(server: Server, open_page: Callable[...
     expect(page.locator("#chat-line")).to_contain_text("first token", timeout=LOAD_MS)
     expect(field).to_have_value("my next one")
     expect(users(page)).to_have_text([re.compile(SHORT)])
+
+
+def test_what_is_sent_while_an_answer_comes_is_not_lost(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#option-max_new_tokens input").fill("2000")
+    field = page.locator("#message textarea")
+    field.fill(LONG)
+    field.press("Enter")
+    page.keyboard.type("and then?")
+    page.keyboard.press("Enter")  # at once: before the page shows that it waits
+    expect(page.locator("#stop")).to_be_visible()
+    expect(users(page)).to_have_text([re.compile(LONG)])
+    page.wait_for_timeout(1200)
+    expect(field).to_have_value("and then?")
+    page.locator("#stop").click()
+    quiet(page, server)
 
 
 def test_a_stop_before_the_first_word_leaves_things_as_they_were(
