@@ -26,7 +26,7 @@ Launch = Callable[..., Server]
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Open an address in a browser of its own."""
+    """Open an address in a browser of its own. What fails there is printed, for the message of a failing test."""
     contexts = []
 
     def opened(url: str, *, width: int = 1280, dark: bool = False) -> Page:
@@ -35,6 +35,9 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         )
         contexts.append(context)
         page = context.new_page()
+        page.on("pageerror", lambda error: print("error on the page:", error))
+        page.on("requestfailed", lambda request: print("failed:", request.url, request.failure))
+        page.on("response", lambda answer: print(answer.status, answer.url) if answer.status >= 400 else None)
         page.goto(url)
         return page
 
