@@ -6,8 +6,8 @@ import os
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
-_PUBLIC = "https://huggingface.co"
 PUBLIC_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_PUBLIC = f"https://{PUBLIC_HOSTS[0]}"
 
 
 def endpoint_from_environment() -> str:

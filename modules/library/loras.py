@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoint import LORA_CONFIG, LORA_PICKLE, LORA_WEIGHTS, read_json
+from modules.checkpoint import LORA_CONFIG, LORA_KINDS, LORA_PICKLE, LORA_WEIGHTS, read_json
 from modules.errors import AdapterError, AdapterNotFound, BrokenCheckpoint
 from modules.library.scan import HUB_CACHE, entries, free_name, snapshot_of
 from modules.library.tensors import TensorInfo, safetensors_tensors
@@ -18,8 +18,8 @@ from modules.units import format_bytes
 
 _MAX_NUMBER = 1e9
 _KINDS: Mapping[str, str] = {
-    "LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "IA³", "VERA": "VeRA",
-    "OFT": "OFT", "BOFT": "BOFT", "RANDLORA": "RandLoRA", "XLORA": "X-LoRA",
+    **LORA_KINDS, "ADALORA": "AdaLoRA", "IA3": "IA³", "VERA": "VeRA", "OFT": "OFT", "BOFT": "BOFT",
+    "RANDLORA": "RandLoRA", "XLORA": "X-LoRA",
     "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix tuning",
 }  # fmt: skip
 

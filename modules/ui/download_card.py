@@ -14,7 +14,7 @@ from modules.hub.words import job_in_words
 from modules.service import Service
 from modules.service.downloads import Offer, Result
 from modules.ui.cards import error_box
-from modules.ui.common import small, table
+from modules.ui.common import bar, small, table
 from modules.units import counted, format_bytes, format_count
 
 SLOTS = 5  # downloads that are shown at once
@@ -119,11 +119,11 @@ def _menu(label: str, words: Mapping[str, str], value: str, elem_id: str) -> gr.
 
 def _slot(place: int) -> JobSlot:
     with gr.Row(elem_classes="job-row"):
-        bar = gr.HTML(elem_id=f"job-{place}", padding=False)
+        shown = gr.HTML(elem_id=f"job-{place}", padding=False)
         pause = gr.Button("Pause", size="sm", visible="hidden", min_width=60, elem_id=f"job-pause-{place}", scale=0)
         resume = gr.Button("Resume", size="sm", visible="hidden", min_width=60, elem_id=f"job-resume-{place}", scale=0)
         cancel = gr.Button("Cancel", size="sm", visible="hidden", min_width=60, elem_id=f"job-cancel-{place}", scale=0)
-    return JobSlot(bar, pause, resume, cancel)
+    return JobSlot(shown, pause, resume, cancel)
 
 
 # --- what is shown of a repository ---
@@ -258,13 +258,9 @@ def job_html(job: Job) -> str:
         f'<div class="device-head"><span><span class="dot {_SIGNS.get(job.state, "idle")}" aria-hidden="true"></span> '
         f"{escape(name)}</span><span>{percent:.0f} %</span></div>"
     )
-    bar = (
-        f'<div class="bar" role="progressbar" aria-label="{escape(name)}" aria-valuenow="{percent:.0f}" '
-        f'aria-valuemin="0" aria-valuemax="100"><div class="fill planned" style="width:{percent:.1f}%"></div></div>'
-    )
     error = error_box(job.error) if job.error and job.state is JobState.FAILED else ""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in job.notes)
-    shown = bar if job.state.is_open or job.state is JobState.FAILED else ""
+    shown = bar(name, percent) if job.state.is_open or job.state is JobState.FAILED else ""
     return (
         f'<div class="job" data-state="{job.state.value}">{head}{shown}{small(job_in_words(job))}{error}{notes}</div>'
     )

@@ -214,7 +214,7 @@ def test_from_the_command_line_stopped_and_gone_on_with(hub: Hub, home: Path) ->
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=30)
     assert first.returncode == 130
-    assert f"server.py --download {MEDIUM}" in said
+    assert f"./start.sh --download {MEDIUM}" in said
     assert not (home / "models" / "tester_medium").exists()
     stopped_at = hub.sent_bytes()
     hub.bytes_per_second = 0
