@@ -359,8 +359,13 @@ def encode(message: Any) -> bytes:
     if isinstance(message, Failed):
         body: dict[str, Any] = {"error": message.error.to_dict()}
     else:
-        body = dataclasses.asdict(message)
-    return json.dumps({"is": type(message).__name__, **body}, separators=(",", ":")).encode() + b"\n"
+        body = _fields(message)
+    return json.dumps({"is": type(message).__name__, **body}, separators=(",", ":"), default=_fields).encode() + b"\n"
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    """Those of a dataclass, not copied, as ``dataclasses.asdict`` would: it takes longer than all the rest."""
+    return {item.name: getattr(message, item.name) for item in dataclasses.fields(message)}
 
 
 def decode(line: bytes | str) -> Any:

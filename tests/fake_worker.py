@@ -153,6 +153,7 @@ def load(order: LoadOrder) -> None:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as the worker: else what follows waits 40 ms for the reader's ACK
     secret = ""
 
     def log_message(self, format: str, *arguments: Any) -> None:

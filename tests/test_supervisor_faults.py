@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from modules.errors import (
@@ -143,7 +144,9 @@ def test_the_log_is_short_and_a_progress_bar_is_one_line(cold: Supervised) -> No
 
 def test_a_worker_that_hangs_while_it_answers_can_be_unloaded(cold: Supervised) -> None:
     cold.load("ignore-term")
-    os.kill(cold.worker_pid(), signal.SIGSTOP)
+    worker = psutil.Process(cold.worker_pid())
+    worker.suspend()
+    until(lambda: worker.status() == psutil.STATUS_STOPPED, "the worker's stop")
     began = time.monotonic()
     assert cold.supervisor.memory() is None
     assert time.monotonic() - began < LIMIT_S

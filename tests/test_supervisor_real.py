@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from modules.errors import LoadstoneError, WorkerKilled
@@ -37,6 +38,13 @@ def _order(model: Path, cache: Path) -> LoadOrder:
     return LoadOrder(model.name, str(model), "safetensors", "causal", "", options, 2048, str(cache), str(cache))
 
 
+def _open_to(supervisor: Supervisor) -> set[int]:
+    """The own ports of this process's open connections to the worker."""
+    port = supervisor._owner.child.port if supervisor._owner.child else None
+    found = psutil.Process().net_connections("tcp")
+    return {one.laddr.port for one in found if one.raddr and one.raddr.port == port and one.status == "ESTABLISHED"}
+
+
 def test_a_real_model_loads_answers_crashes_loads_again_and_unloads(
     supervisor: Supervisor, workers: Workers, demo_model: Path, tmp_path: Path
 ) -> None:
@@ -56,6 +64,13 @@ def test_a_real_model_loads_answers_crashes_loads_again_and_unloads(
     after = supervisor.snapshot()
     assert after.context_used == done.prompt_tokens + done.completion_tokens
     assert after.tokens_per_second > 0
+
+    connections = _open_to(supervisor)
+    for _ in range(3):
+        *_, done = supervisor.generate(order)
+        assert isinstance(done, Done)
+    assert supervisor.memory() is not None
+    assert _open_to(supervisor) == connections, "each command has a connection of its own"
 
     (worker,) = workers()
     long = GenerateOrder(GenerationOptions(max_new_tokens=2000), prompt="Once upon a time")

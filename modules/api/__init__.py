@@ -15,7 +15,8 @@ from modules.service import Service
 def install(app: FastAPI, service: Service, *, for_guests: bool = False) -> None:
     """Add the routes and the error answers to ``app``."""
     app.add_middleware(seeing.NoteRoute)
+    app.include_router(openai.router(service))  # first: routes are tried in this order
     app.include_router(internal.router(service, with_details=not for_guests))
-    for group in (status, metrics, fleet, tokens, downloads, loras, openai):
+    for group in (status, metrics, fleet, tokens, downloads, loras):
         app.include_router(group.router(service))
     answers.install(app, with_details=not for_guests)

@@ -35,6 +35,7 @@ class Answer(Iterator[Chunk]):
         self._on_change = on_change
         self._reading = threading.Lock()
         self._closed = False
+        self._handing = threading.Lock()  # a stop must not end a connection that is given back
         self._connection: HTTPConnection | None = None
         self._response: HTTPResponse | None = None
         self._socket: socket.socket | None = None  # http.client forgets it once the response has begun
@@ -102,6 +103,8 @@ class Answer(Iterator[Chunk]):
 
     def _finish(self) -> None:
         """Give the connection back. Called by the thread that holds ``_reading``."""
+        if self.done is not None:
+            self._hand_back()
         if self._response is not None:
             self._response.close()
         if self._connection is not None:
@@ -110,11 +113,29 @@ class Answer(Iterator[Chunk]):
             self.over = True
             self._on_change(self)
 
+    def _hand_back(self) -> None:
+        """Leave the connection to another command: this answer has come to its end."""
+        from http.client import HTTPException
+
+        with self._handing:
+            self._socket = None
+        response, connection, self._response, self._connection = self._response, self._connection, None, None
+        if response is None or connection is None:
+            return
+        try:
+            whole = not self._closed and not response.read()
+        except (OSError, HTTPException):
+            whole = False
+        if whole:
+            self.child.keep(connection)
+        else:
+            connection.close()
+
     def stop(self) -> None:
         """End the generation, and the loop of whoever reads. Waits for nobody; may be called again."""
         self._closed = True
-        if self._socket is not None:
-            with suppress(OSError):
+        with self._handing, suppress(OSError):
+            if self._socket is not None:
                 self._socket.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ GRACE_S = 0.5  # between asking a group to end and ending it
 _GROUP_END_S = 10.0  # a process with much GPU memory takes the driver a while
 _LAST_WORDS_S = 0.5  # a grandchild that left the group may hold the pipes open for ever
 _LONGEST_LINE = 1 << 20  # bytes; what is longer is no message
+_MOST_KEPT = 16  # connections
 _NOTICE_EXIT_S = 2.0  # between a broken connection and the exit that broke it
 _EVENTS = (Listening, Warm, Progress, Ready, Failed)
 
@@ -82,6 +84,7 @@ class Child:
         self.outcome: Ready | Failed | None = None
         self._on_event, self._on_exit = on_event, on_exit
         self.started = time.time()
+        self._kept: list[HTTPConnection] = []  # open, and idle
         self._secret = secrets.token_urlsafe(32)
         self._signals = threading.Lock()  # none may be sent after the number was given back
         self._reaped = False
@@ -162,6 +165,8 @@ class Child:
             reader.join(max(0.0, deadline - time.monotonic()))
         self._close_pipes(readers)
         self.gone.set()
+        for connection in self._kept:
+            connection.close()
         self._on_exit(self)
 
     def _close_pipes(self, readers: list[threading.Thread]) -> None:
@@ -213,14 +218,25 @@ class Child:
     # --- commands ---
 
     def connect(self, timeout_s: float | None) -> HTTPConnection:
-        """A connection for one command; see :func:`client.connect`."""
+        """A connection for one command: one that was kept, or a new one; see :func:`client.connect`."""
         if self.port is None:
             raise ConnectionRefusedError(f"the worker {self.pid} does not listen yet")
+        with suppress(IndexError):
+            kept = self._kept.pop()
+            kept.sock.settimeout(timeout_s)
+            return kept
         try:
             return client.connect(self.port, timeout_s)
         except OSError:
             self._count_kills()
             raise
+
+    def keep(self, connection: HTTPConnection) -> None:
+        """Keep one that has answered, for the next command; few, and none for a worker that is gone."""
+        if len(self._kept) < _MOST_KEPT and not self.gone.is_set():
+            self._kept.append(connection)
+        else:
+            connection.close()
 
     def _count_kills(self) -> None:
         """As late as can be: a process that the kernel killed elsewhere, hours ago, says nothing about this one.
@@ -237,16 +253,18 @@ class Child:
         """The body of the answer to one command. Raises what it was refused with, and :meth:`broken`."""
         from http.client import HTTPException
 
-        connection = None
+        connection, body = None, None
         try:
             connection = self.connect(timeout_s)
             self.send(connection, method, path, message)
-            return client.accepted(connection.getresponse()).read()
+            body = client.accepted(connection.getresponse()).read()
         except (OSError, HTTPException) as error:
             raise self.broken(error) from error
         finally:
-            if connection is not None:
+            if connection is not None and body is None:
                 connection.close()
+        self.keep(connection)
+        return body
 
     def broken(self, error: Exception) -> LoadstoneError:
         """What a connection that broke means: its end on purpose, its death, or that it does not answer."""

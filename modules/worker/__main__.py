@@ -7,10 +7,14 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from typing import NoReturn
 
 from modules.protocol import Hello, Listening, decode
 from modules.worker import process
+
+_SWITCH_S = 0.0005  # how long the engine may keep the interpreter from the thread that sends what it made
+_FOR_EVER_S = 10 * 365 * 86400
 
 
 def main() -> NoReturn:
@@ -34,6 +38,7 @@ def main() -> NoReturn:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so for sockets of its own alone
     threading.Thread(target=_serve, args=(make_app(worker, hello.secret), listener), daemon=True).start()
     emit(Listening(os.getpid(), listener.getsockname()[1]))
+    sys.setswitchinterval(_SWITCH_S)
     engine.run()
 
 
@@ -60,10 +65,12 @@ def _serve(app: object, listener: socket.socket) -> None:
         ws="none",
         http="h11",
         loop="asyncio",
-        timeout_keep_alive=3600,  # the web process keeps its connections, and must not find one just closed
+        timeout_keep_alive=_FOR_EVER_S,  # the web process keeps its connections, and must not find one just closed
     )
     try:
         asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    except BaseException:
+        traceback.print_exc()  # the log is all that is left to tell why
     finally:
         process.end_group()  # a worker that hears no commands is of no use
 

@@ -13,6 +13,7 @@ from modules.protocol import Chunk, GenerateOrder, Piece, Waiting, encode
 if TYPE_CHECKING:
     from modules.worker.app import Worker
 
+FIRST_WAIT_S = 0.002
 FLUSH_SECONDS = 0.05  # text waits at most so long for more: a line for every token would cost a fast model speed
 
 
@@ -24,14 +25,22 @@ class Outbox:
         self._filled = asyncio.Event()
         self._lock = threading.Lock()
         self._chunks: list[Chunk] = []
+        self._begun = threading.Event()  # the first text is on its way to the web process
 
     def put(self, chunk: Chunk) -> None:
-        """Called on the engine's thread."""
+        """Called on the engine's thread, which computes the second token when the first one is sent: both processes
+        that carry it want one of the cores that computing takes."""
         with self._lock:
             self._chunks.append(chunk)
             if len(self._chunks) > 1 and isinstance(chunk, Piece | Waiting):
                 return  # the loop knows already
         self._loop.call_soon_threadsafe(self._filled.set)
+        if isinstance(chunk, Piece):
+            self._begun.wait(FIRST_WAIT_S)
+
+    def sent(self) -> None:
+        """What was taken has been sent."""
+        self._begun.set()
 
     async def take(self) -> list[Chunk]:
         """What has come since the last time, at least one chunk."""
@@ -88,6 +97,7 @@ class Answer:
             body = b"".join(map(encode, chunks))
             await send({"type": "http.response.body", "body": body, "more_body": not ended})
             if isinstance(chunks[-1], Piece):
+                outbox.sent()
                 await asyncio.sleep(FLUSH_SECONDS)
 
 

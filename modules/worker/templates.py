@@ -10,6 +10,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import psutil
@@ -23,6 +24,7 @@ T = TypeVar("T")
 LIMIT_S = 10.0  # ten thousand messages take a tenth of a second
 MOST_GROWTH_BYTES = 2 << 30  # of the process while a template runs
 _LOOK_S = 0.05
+_STAYS_S = 60.0  # after the last template
 _MOST_BITS = 100_000  # of a number: nothing can interrupt the arithmetic of longer ones
 _MOST_REPEATED = 10_000_000  # characters, or members of a list, that one multiplication may give
 
@@ -45,7 +47,7 @@ def bounded(render: Callable[[], T], limit_s: float = LIMIT_S, most_growth_bytes
 
 
 class _Watch:
-    """A thread that looks after another one, and raises _Ended in it, once at most and not after :meth:`end`."""
+    """One template's bounds. Raises _Ended in its thread, once at most and not after :meth:`end`."""
 
     def __init__(self, thread_id: int, limit_s: float, most_growth_bytes: int) -> None:
         self.reason = ""
@@ -53,36 +55,73 @@ class _Watch:
         self._limit_s = limit_s
         self._most_growth_bytes = most_growth_bytes
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        threading.Thread(target=self._look, name="template-watch", daemon=True).start()
+        self._over = False
+        self._began = time.monotonic()
+        self._before: int | None = None  # bytes that the process held when it was first looked at
+        _watchman.add(self)
 
-    def _look(self) -> None:
-        began = time.monotonic()
-        if self._over.wait(_LOOK_S):
-            return  # as nearly always
-        process = psutil.Process()
-        before = process.memory_info().rss
-        while not self._over.wait(_LOOK_S):
-            grown = process.memory_info().rss - before
-            if grown > self._most_growth_bytes:
-                self._raise(f"has taken {format_bytes(grown)} of memory")
-                return
-            if time.monotonic() - began > self._limit_s:
-                self._raise(f"has run for {self._limit_s:g} s")
-                return
+    def look(self) -> None:
+        """End the template where it is beyond its bounds."""
+        held = psutil.Process().memory_info().rss
+        self._before = held if self._before is None else self._before
+        if (grown := held - self._before) > self._most_growth_bytes:
+            self._raise(f"has taken {format_bytes(grown)} of memory")
+        elif time.monotonic() - self._began > self._limit_s:
+            self._raise(f"has run for {self._limit_s:g} s")
 
     def _raise(self, reason: str) -> None:
         with self._lock:
-            if not self._over.is_set():
+            if not self._over and not self.reason:
                 self.reason = reason
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread_id, ctypes.py_object(_Ended))
 
     def end(self) -> None:
         """Raise nothing any more. Raises _Ended itself where that came at the last moment."""
         with self._lock:
-            self._over.set()
+            self._over = True
             if self.reason:  # what has not arrived yet must not arrive later
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread_id, None)
+        _watchman.remove(self)  # from here on nothing is raised, which could leave its lock held for ever
+
+
+class _Watchman:
+    """Looks after all templates that run, on one thread, which stays a while for the next ones: starting one for each
+    takes longer than most templates run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: set[_Watch] = set()
+        self._awake = False
+
+    def add(self, watch: _Watch) -> None:
+        """Look after it until :meth:`remove`, or until it was ended."""
+        with self._lock:
+            self._watches.add(watch)
+            if not self._awake:
+                threading.Thread(target=self._run, name="template-watch", daemon=True).start()
+                self._awake = True
+
+    def remove(self, watch: _Watch) -> None:
+        with self._lock:
+            self._watches.discard(watch)
+
+    def _run(self) -> None:
+        needed = time.monotonic()
+        while True:
+            time.sleep(_LOOK_S)
+            with self._lock:
+                self._watches = {watch for watch in self._watches if not watch.reason}
+                watches = list(self._watches)
+                needed = time.monotonic() if watches else needed
+                if time.monotonic() - needed > _STAYS_S:
+                    self._awake = False
+                    return
+            for watch in watches:
+                with suppress(psutil.Error):
+                    watch.look()
+
+
+_watchman = _Watchman()
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):

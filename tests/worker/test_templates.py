@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import AutoTokenizer
 from modules.errors import BrokenTemplate, UserError
 from modules.options import GenerationOptions
 from modules.protocol import GenerateOrder
+from modules.worker import templates
 from modules.worker.prompts import Prompter
 from modules.worker.templates import bounded
+from tests.conftest import wait_until
 
 ORDER = GenerateOrder(GenerationOptions(), ({"role": "system", "content": "s"}, {"role": "user", "content": "Hello"}))
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -75,6 +78,21 @@ def test_memory_that_grows_ends_a_template() -> None:
     with pytest.raises(BrokenTemplate, match="of memory"):
         bounded(grow, 30.0, 64 << 20)
     assert len(kept) < 1024
+
+
+def test_one_thread_looks_after_all_templates_and_leaves_when_none_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def watching() -> int:
+        return sum(thread.name == "template-watch" for thread in threading.enumerate())
+
+    monkeypatch.setattr(templates, "_STAYS_S", 0.2)
+    wait_until(lambda: watching() == 0)
+    for _ in range(2):
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda number: bounded(lambda: number), range(200))) == list(range(200))
+        assert watching() == 1
+        with pytest.raises(BrokenTemplate, match="has run for"):
+            bounded(lambda: [None for _ in iter(lambda: 0, 1)], 0.3)
+        wait_until(lambda: watching() == 0)
 
 
 def test_what_ends_in_time_is_never_hit_late() -> None:

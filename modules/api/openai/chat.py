@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import ChatBody
 from modules.api.openai.orders import chat_orders
-from modules.api.openai.reaching import reached
+from modules.api.openai.reaching import Target, reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, token_bytes, usage
 from modules.api.openai.streaming import stream
@@ -27,14 +27,17 @@ def router(service: Service, lane: Lane) -> APIRouter:
 
     @routes.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        async with reached(service, body.model, body.keep_alive, request) as target:
-            orders = await run_in_threadpool(chat_orders, service, body, target)
-            running = Running(service, lane, orders, request, target.use, body.n or 1)
-        name = body.model or target.use.name
+        loop = asyncio.get_running_loop()
+
+        def begin(target: Target) -> Running:
+            orders = chat_orders(service, body, target)
+            return Running(service, lane, orders, request, target.use, loop, body.n or 1)
+
+        async with reached(service, body.model, body.keep_alive, request, begin) as (target, running):
+            name = body.model or target.use.name
         if body.stream:
-            return await stream(_events(running, body, name, len(orders)))
-        answers = await collect(running, len(orders))
-        return JSONResponse(_whole(answers, body, name))
+            return await stream(_events(running, body, name))
+        return JSONResponse(_whole(await collect(running), body, name))
 
     return routes
 
@@ -78,7 +81,7 @@ def _logprobs(pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-async def _events(running: Running, body: ChatBody, name: str, count: int) -> AsyncIterator[dict[str, Any]]:
+async def _events(running: Running, body: ChatBody, name: str) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream: each choice's role first, then what comes, its end, and at last the usage."""
     begin = head("chat.completion.chunk", "chatcmpl", name)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -104,7 +107,7 @@ async def _events(running: Running, body: ChatBody, name: str, count: int) -> As
                 yield event(index, {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]})
             yield event(index, {}, finish_reason=finish_reason(chunk))
     if with_usage:
-        counted = usage((ends[index] for index in range(count)), body.n or 1)
+        counted = usage((ends[index] for index in range(running.count)), body.n or 1)
         yield {**begin, "choices": [], "usage": counted}
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import MOST_PROMPTS, CompletionBody
 from modules.api.openai.orders import completion_orders, prompts
-from modules.api.openai.reaching import reached
+from modules.api.openai.reaching import Target, reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, usage
 from modules.api.openai.streaming import stream
@@ -30,15 +30,18 @@ def router(service: Service, lane: Lane) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         if len(prompts(body)) > MOST_PROMPTS:
             raise OptionError(f"prompt: at most {MOST_PROMPTS} at a time.")
-        async with reached(service, body.model, body.keep_alive, request) as target:
-            orders = await run_in_threadpool(completion_orders, service, body, target)
-            fronts = await run_in_threadpool(_fronts, service, body, orders, target.use)
-            running = Running(service, lane, orders, request, target.use, body.n or 1)
-        name = body.model or target.use.name
+        loop = asyncio.get_running_loop()
+
+        def begin(target: Target) -> tuple[Running, list[str]]:
+            orders = completion_orders(service, body, target)
+            fronts = _fronts(service, body, orders, target.use)
+            return Running(service, lane, orders, request, target.use, loop, body.n or 1), fronts
+
+        async with reached(service, body.model, body.keep_alive, request, begin) as (target, (running, fronts)):
+            name = body.model or target.use.name
         if body.stream:
             return await stream(_events(running, body, name, fronts))
-        answers = await collect(running, len(orders))
-        return JSONResponse(_whole(answers, body, name, fronts))
+        return JSONResponse(_whole(await collect(running), body, name, fronts))
 
     return routes
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from modules.api.openai.bodies import EmbeddingBody
-from modules.api.openai.reaching import disconnected, reached
+from modules.api.openai.reaching import Target, disconnected, reached
 from modules.api.openai.running import Lane
 from modules.embeddings import Input
 from modules.errors import Cancelled, LoadstoneError, OptionError, UnsupportedParameter
@@ -38,11 +38,15 @@ def router(service: Service, lane: Lane) -> APIRouter:
             raise UnsupportedParameter("dimensions: vectors have the model's own size.")
         inputs = _inputs(body)
         seen, user = seen_of(request.scope), user_of(request.scope)
-        async with reached(service, body.model, body.keep_alive, request) as target:
+
+        def embedder(target: Target) -> Embedder:
+            return Embedder(target.use, inputs, target.adapters)
+
+        async with reached(service, body.model, body.keep_alive, request, embedder) as (target, work):
             seen.model = target.use.name
             lane.enter(user, 1)
             try:
-                vectors = await _run(Embedder(target.use, inputs, target.adapters), threads, request)
+                vectors = await _run(work, threads, request)
             finally:
                 lane.leave(user)
         seen.prompt_tokens = sum(vectors.tokens)

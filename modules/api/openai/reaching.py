@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -17,8 +17,10 @@ from starlette.requests import Request
 from modules.errors import Cancelled, LoadPending, OptionError
 from modules.protocol import AdapterChoice
 from modules.service import Service
+from modules.service.answering import Reached
 from modules.supervisor import NEVER, Loaded, Use
 
+T = TypeVar("T")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"-?(?:\d+(?:\.\d+)?(?:ms|s|m|h))+")
 
@@ -37,20 +39,39 @@ class Target:
 
 @contextlib.asynccontextmanager
 async def reached(
-    service: Service, model: str | None, keep_alive: float | str | None, request: Request
-) -> AsyncIterator[Target]:
+    service: Service, model: str | None, keep_alive: float | str | None, request: Request,
+    begin: Callable[[Target], T],
+) -> AsyncIterator[tuple[Target, T]]:  # fmt: skip
     """The model that ``model`` names, held for as long as the block runs; it may have to be loaded first.
 
-    Raises what :meth:`Answering.reach` raises and what the load failed with, LoadPending where it takes too long, and
-    Cancelled when the client goes.
+    With it comes what ``begin`` begins with it, on another thread than the event loop's: for a model that answers
+    already, one turn of that thread does both. Raises what ``begin`` and :meth:`Answering.reach` raise and what the
+    load failed with, LoadPending where it takes too long, and Cancelled when the client goes.
     """
-    wanted = await run_in_threadpool(service.reach, model or "", seconds(keep_alive))
-    use = wanted.use.result() if wanted.use.done() else await _awaited(wanted.use, wanted.name, service, request)
-    with use:
-        adapters = None
-        if wanted.entries is not None:
-            adapters = await run_in_threadpool(service.loras.checked, wanted.entries, use.loaded)
-        yield Target(use, adapters)
+    wanted, found = await run_in_threadpool(_at_once, service, model or "", seconds(keep_alive), begin)
+    if found is None:
+        use = await _awaited(wanted.use, wanted.name, service, request)
+        found = await run_in_threadpool(_begun, service, wanted, use, begin)
+    with found[0].use:
+        yield found
+
+
+def _at_once(
+    service: Service, model: str, keep_alive_s: float | None, begin: Callable[[Target], T]
+) -> tuple[Reached, tuple[Target, T] | None]:
+    """What the request names, and the rest unless it has to be loaded first."""
+    wanted = service.reach(model, keep_alive_s)
+    return wanted, _begun(service, wanted, wanted.use.result(), begin) if wanted.use.done() else None
+
+
+def _begun(service: Service, wanted: Reached, use: Use, begin: Callable[[Target], T]) -> tuple[Target, T]:
+    try:
+        adapters = None if wanted.entries is None else service.loras.checked(wanted.entries, use.loaded)
+        target = Target(use, adapters)
+        return target, begin(target)
+    except BaseException:
+        use.release()
+        raise
 
 
 async def _awaited(future: Future[Use], name: str, service: Service, request: Request) -> Use:

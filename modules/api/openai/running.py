@@ -66,24 +66,25 @@ class Lane:
 class Running:
     """The answers to several orders as they come, from threads of their own to the event loop.
 
-    Raises Overloaded where too many are waited for already, and OptionError for more than ever may be.
+    May be made on any thread. Raises Overloaded where too many are waited for already, and OptionError for more than
+    ever may be.
     """
 
     def __init__(
         self, service: Service, lane: Lane, orders: Sequence[GenerateOrder], request: Request, use: Use,
-        choices_a_prompt: int = 1,
+        loop: asyncio.AbstractEventLoop, choices_a_prompt: int = 1,
     ) -> None:  # fmt: skip
         self._user = user_of(request.scope)
         lane.enter(self._user, len(orders))
         self._lane = lane
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._queue: asyncio.Queue[tuple[int, Chunk | LoadstoneError]] = asyncio.Queue()  # of (choice, what came)
         self._stop = Stop()
         self._request = request
         self._seen = seen_of(request.scope)
         self._seen.model = use.name
         self._choices_a_prompt = choices_a_prompt
-        self._left = len(orders)
+        self.count = self._left = len(orders)
         for index, order in enumerate(replace(order, user=self._user) for order in orders):
             held = use.again()  # until this answer is there, however long the response takes
             threading.Thread(
@@ -170,9 +171,9 @@ class Collected:
         return self.done
 
 
-async def collect(running: Running, count: int) -> list[Collected]:
+async def collect(running: Running) -> list[Collected]:
     """All answers, when all are there."""
-    answers = [Collected() for _ in range(count)]
+    answers = [Collected() for _ in range(running.count)]
     async with contextlib.aclosing(running.chunks()) as chunks:
         async for index, chunk in chunks:
             if isinstance(chunk, Done):
