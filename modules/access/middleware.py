@@ -18,7 +18,7 @@ from modules.access.attempts import Attempts
 from modules.access.credentials import Credentials, Role, guessable, said_in
 from modules.access.hosts import Hosts, host_port, refusal
 from modules.access.rules import OPEN_ROUTES, guest_may
-from modules.access.sessions import Sessions, cookie_name, set_cookie, token_in
+from modules.access.sessions import Login, Sessions, cookie_name, set_cookie, token_in
 from modules.errors import (
     AccessRefused,
     Cancelled,
@@ -131,7 +131,7 @@ class AccessMiddleware:
                 return RedirectResponse(f"{self._subpath}/login", 303)
             raise
         seen_of(scope).role = role.value
-        name_user(scope, peers.user(_client(scope), headers))
+        name_user(scope, peers.user(_client(scope), headers, self._login_of(scope, headers)))
         if role is Role.GUEST and not guest_may(method, path):
             raise AccessRefused(
                 f"{method} {path} is the administrator's.",
@@ -143,7 +143,8 @@ class AccessMiddleware:
         """Who asks. Raises LoginRequired and TooManyAttempts."""
         if not self._credentials:
             return Role.ADMIN
-        role = self._sessions.role(_token(scope, headers))
+        login = self._login_of(scope, headers)
+        role = login.role if login else None
         given = headers.get("authorization", "")
         if role and given.lower().startswith("basic "):
             return role  # a browser sends it by itself, where a proxy in front asks for a password of its own
@@ -152,6 +153,10 @@ class AccessMiddleware:
         if role is None:
             raise LoginRequired("The key is not known here." if given else "A login or a key is needed here.")
         return role
+
+    def _login_of(self, scope: Scope, headers: Headers) -> Login | None:
+        """Who has logged in with the browser that asks."""
+        return self._sessions.login(_token(scope, headers))
 
     async def _proven(self, client: str, secret: str, user: str) -> Role | None:
         """The role of who knows this; None for nobody. After wrong attempts from that address it takes a while.
@@ -183,7 +188,7 @@ class AccessMiddleware:
         if role is None:
             return self._page(user, "That is not right.", 401)
         answer = RedirectResponse(f"{self._subpath}/", 303)
-        answer.headers["set-cookie"] = self._cookie(request.scope, self._sessions.begin(role))
+        answer.headers["set-cookie"] = self._cookie(request.scope, self._sessions.begin(role, user.strip()))
         return answer
 
     def _page(self, user: str = "", problem: str = "", status: int = 200) -> Response:

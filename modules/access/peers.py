@@ -7,6 +7,7 @@ import ipaddress
 from collections.abc import Mapping
 
 from modules.access.credentials import said_in
+from modules.access.sessions import Login
 
 
 def peer(address: str) -> str:
@@ -33,14 +34,17 @@ def is_loopback(address: str) -> bool:
         return not address  # a Unix socket's
 
 
-def user(address: str, headers: Mapping[str, str]) -> str:
+def user(address: str, headers: Mapping[str, str], login: Login | None = None) -> str:
     """What stands for one user: a machine, and the key or name that is sent, in whatever form. Holds no secret.
 
-    A Basic header beside a cookie is a browser's own and proves nothing: the login in the cookie does.
+    A Basic header beside a cookie is a browser's own and proves nothing: ``login``, the one in the cookie, does. Its
+    name counts; on this machine's own address, which may be a proxy's for many people, each login does.
     """
     given = headers.get("authorization", "")
     if headers.get("cookie") and given.lower().startswith("basic "):
         given = ""
     secret, name = said_in(given)
+    if login is not None and not given:
+        secret, name = str(login.number) if is_loopback(peer(address)) else "", login.name
     digest = hashlib.sha256(f"{len(name)}:{name}:{secret}".encode("utf-8", "surrogatepass")).hexdigest()
     return f"{peer(address)} {digest[:16]}"

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from modules.access.credentials import Role
 
@@ -15,28 +16,40 @@ LIVES_S = 30 * 24 * 3600
 _MOST = 4096
 
 
+@dataclass(frozen=True)
+class Login:
+    """Somebody who has logged in. ``name``: as it was given, "" for none; ``number``: unlike every other login's."""
+
+    role: Role
+    name: str
+    number: int
+    until: float  # of time.monotonic()
+
+
 class Sessions:
     """Tokens and what they stand for. Only a token's hash is kept."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[bytes, tuple[Role, float]] = OrderedDict()
+        self._open: OrderedDict[bytes, Login] = OrderedDict()
+        self._begun = 0
         self._lock = threading.Lock()
 
-    def begin(self, role: Role) -> str:
+    def begin(self, role: Role, name: str = "") -> str:
         """A new token."""
         token = secrets.token_urlsafe(32)
         with self._lock:
-            self._open[_hash(token)] = (role, time.monotonic() + LIVES_S)
+            self._begun += 1
+            self._open[_hash(token)] = Login(role, name, self._begun, time.monotonic() + LIVES_S)
             if len(self._open) > _MOST:  # a guest who logs in ever anew puts no administrator out
-                guests = (key for key, (other, _) in self._open.items() if other is Role.GUEST)
+                guests = (key for key, other in self._open.items() if other.role is Role.GUEST)
                 del self._open[next(guests, next(iter(self._open)))]
         return token
 
-    def role(self, token: str) -> Role | None:
-        """The role that the token stands for; None where it is nobody's, or nobody's any more."""
+    def login(self, token: str) -> Login | None:
+        """Whom the token stands for; None where it is nobody's, or nobody's any more."""
         with self._lock:
-            role, until = self._open.get(_hash(token), (None, 0.0))
-        return role if until > time.monotonic() else None
+            login = self._open.get(_hash(token))
+        return login if login is not None and login.until > time.monotonic() else None
 
     def end(self, token: str) -> None:
         """The token stands for nobody from now on."""

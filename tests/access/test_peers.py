@@ -6,7 +6,9 @@ from base64 import b64encode
 
 import pytest
 
+from modules.access.credentials import Role
 from modules.access.peers import is_loopback, peer, user
+from modules.access.sessions import Login
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,14 @@ def test_others_are_other_users() -> None:
     assert len({user("192.0.2.7", {"authorization": form}) for form in given}) == len(given)
     assert user("192.0.2.8", {"authorization": "Bearer key"}) != user("192.0.2.7", {"authorization": "Bearer key"})
     assert "secretly" not in user("192.0.2.7", {"authorization": "Bearer secretly"})
+
+
+def test_logins_are_users_by_their_names_and_behind_a_proxy_each_by_itself() -> None:
+    logins = [Login(Role.GUEST, name, number, 0.0) for number, name in enumerate(("", "", "ann", "ann", "bob"))]
+    assert len({user("192.0.2.7", {}, login) for login in logins}) == 3
+    assert len({user("127.0.0.1", {}, login) for login in logins}) == 5
+    assert user("192.0.2.7", {}, logins[2]) == user(
+        "192.0.2.7", {"authorization": basic("x:y"), "cookie": "z"}, logins[2]
+    )
+    key = {"authorization": "Bearer key"}
+    assert user("127.0.0.1", key, logins[0]) == user("127.0.0.1", key)

@@ -15,7 +15,7 @@ from tests.benchmarks.common import FIXTURES, Row, call, free_port, ratio_row, s
 from tests.machine import DTYPE, QUICK_FLAGS
 
 CLIENTS, TOKENS = 16, 64
-FIRST_TOKENS = 15  # how often the time to the first token is measured
+FIRST_TOKENS = 40  # how often the time to the first token is measured
 
 
 @dataclass
