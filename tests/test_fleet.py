@@ -168,3 +168,12 @@ def test_a_request_says_how_long_its_model_stays() -> None:
         ships.until_names()
         ships.load("forever")  # it begins anew
         assert ships.fleet.places()[0].ends_in_s == pytest.approx(0.3, abs=0.3)
+
+
+def test_how_long_a_model_stays_is_what_the_last_use_said() -> None:
+    with fleets(idle_s=600) as ships:
+        ships.load("first")
+        for keep_alive_s, ends_in_s in ((None, 600), (NEVER, None), (None, 600), (60, 60)):
+            ships.fleet.need("first", keep_alive_s).release()
+            (place,) = ships.fleet.places()
+            assert (None if place.ends_in_s is None else round(place.ends_in_s, -1)) == ends_in_s

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from urllib.parse import parse_qs, quote
 
+from starlette.authentication import AuthCredentials
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -24,19 +26,29 @@ from modules.errors import (
     Cancelled,
     LoadstoneError,
     LoginRequired,
+    Overloaded,
     RequestTooLarge,
     RequestTooSlow,
     TooManyAttempts,
 )
-from modules.service.asking import name_user
+from modules.service.answering import KEEP_ALIVE
+from modules.service.asking import name_user, user_of
 from modules.service.traffic import seen_of
 
 MOST_BYTES = 32 * 2**20  # of a request's body
+MOST_HELD_BYTES = 512 * 2**20  # of all bodies together, from when they come until they are answered
+# In a body of the API, in its texts too: what parsing makes of each costs a thousand times its bytes.
+MOST_SIGNS = {b"[{": 200_000, b",": 2_000_000}
 BODY_S = 120.0  # for a body to come in
 _MOST_LOGIN_BYTES = 8 * 2**10
 _UPLOADS = "/gradio_api/upload"  # an administrator's files are as large as they are
 
-_UNREAD = (RequestTooLarge.status, RequestTooSlow.status)  # the rest of their bodies is not waited for
+_API = "/v1/"
+_UNREAD = (
+    RequestTooLarge.status,
+    RequestTooSlow.status,
+    Overloaded.status,
+)  # the rest of their bodies is not waited for
 # Pictures and the like from here alone: the address of one in an answer could tell another host what was said.
 _SOURCES = ("img-src", "media-src", "font-src")
 _SECURITY_HEADERS = {
@@ -73,6 +85,7 @@ class AccessMiddleware:
         self._subpath = "/" + subpath.strip("/") if subpath.strip("/") else ""
         self._sessions = Sessions()
         self._attempts = Attempts()
+        self._held = _Held()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -96,9 +109,9 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            limited = _Limited(receive, scope, inner)
-            application = await self._admit(scope, limited, inner)
-            await application(scope, limited, send_with_headers)
+            with _Limited(receive, scope, inner, self._held) as limited:
+                application = await self._admit(scope, limited, inner)
+                await application(scope, limited, send_with_headers)
         except LoadstoneError as error:
             if begun:
                 raise
@@ -131,6 +144,7 @@ class AccessMiddleware:
                 return RedirectResponse(f"{self._subpath}/login", 303)
             raise
         seen_of(scope).role = role.value
+        scope["auth"] = AuthCredentials([KEEP_ALIVE] if role is Role.ADMIN else [])
         name_user(scope, peers.user(_client(scope), headers, self._login_of(scope, headers)))
         if role is Role.GUEST and not guest_may(method, path):
             raise AccessRefused(
@@ -225,8 +239,9 @@ def _token(scope: Scope, headers: Headers) -> str:
 
 
 def _client(scope: Scope) -> str:
+    """What stands for the machine that asks."""
     client = scope.get("client")
-    return str(client[0]) if client else ""
+    return peers.peer(str(client[0])) if client else ""
 
 
 async def _user_and_secret(request: Request) -> tuple[str, str]:
@@ -254,11 +269,43 @@ def _refused(error: LoadstoneError) -> Response:
     return JSONResponse({"error": body}, error.status, headers)
 
 
-class _Limited:
-    """A request's messages. Raises RequestTooLarge for a body beyond :data:`MOST_BYTES`, and RequestTooSlow."""
+class _Held:
+    """How many bytes of bodies are there, of all requests together. Used by the event loop alone.
 
-    def __init__(self, receive: Receive, scope: Scope, path: str) -> None:
+    A user's are no more than half of what the others leave: whoever comes next finds as much again.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Counter[str] = Counter()  # by user
+
+    def take(self, user: str, count: int) -> None:
+        """``count`` bytes more. Raises Overloaded."""
+        others = self._bytes.total() - self._bytes[user]
+        if self._bytes[user] + count > (MOST_HELD_BYTES - others) // 2:
+            raise Overloaded(
+                "The requests that you have under way are too large together.", "Wait for some of them to be answered."
+            )
+        self._bytes[user] += count
+
+    def give_back(self, user: str, count: int) -> None:
+        """They are gone."""
+        self._bytes[user] -= count
+        if not self._bytes[user]:
+            del self._bytes[user]
+
+
+class _Limited:
+    """A request's messages, as long as the block runs.
+
+    Raises RequestTooLarge for a body beyond :data:`MOST_BYTES` or :data:`MOST_SIGNS`, RequestTooSlow, and Overloaded
+    where the user's bodies are too large together.
+    """
+
+    def __init__(self, receive: Receive, scope: Scope, path: str, held: _Held) -> None:
         self._receive = receive
+        self._scope = scope
+        self._held, self._taken = held, 0
+        self._signs_left = dict(MOST_SIGNS) if path.startswith(_API) else {}
         any_size = path == _UPLOADS
         self._left = math.inf if any_size else float(MOST_BYTES)
         self._until = math.inf if any_size else time.monotonic() + BODY_S
@@ -273,12 +320,29 @@ class _Limited:
             message = await asyncio.wait_for(self._receive(), self._until - time.monotonic())
         except asyncio.TimeoutError:
             raise RequestTooSlow(f"The request's body has not come within {BODY_S:g} s.") from None
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            raise _too_large()
+        self._count(message.get("body", b""))
         if not message.get("more_body", False):
             self._until = math.inf
         return message
+
+    def _count(self, body: bytes) -> None:
+        self._left -= len(body)
+        if self._left < 0:
+            raise _too_large()
+        for signs in self._signs_left:
+            self._signs_left[signs] -= sum(body.count(sign) for sign in signs)
+            if self._signs_left[signs] < 0:
+                told = " and ".join(signs.decode())
+                raise RequestTooLarge(f"The request's body has {told} more than {MOST_SIGNS[signs]:,} times.")
+        self._held.take(user_of(self._scope), len(body))
+        self._taken += len(body)
+
+    def __enter__(self) -> _Limited:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._taken:
+            self._held.give_back(user_of(self._scope), self._taken)
 
 
 def _too_large() -> RequestTooLarge:

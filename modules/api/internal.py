@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
 from modules.api.answers import error_body
-from modules.errors import Cancelled, ModelNotFound
+from modules.errors import Cancelled, ModelNotFound, OptionError
 from modules.options import LOAD_OPTIONS
 from modules.service import Service, entries_of
 from modules.supervisor import LOAD_STATES, Loaded, Snapshot, State
@@ -20,14 +20,15 @@ _LOOK_S = 0.05  # between looks whether a load has ended
 
 class LoadBody(BaseModel):
     """``args`` holds loader options by name; ``wait`` false answers before the model is there; ``anyway`` loads
-    what the plan says does not fit."""
+    what the plan says does not fit. ``settings``: clients of text-generation-webui send it, empty."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="forbid")
 
     model_name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] | None = None
     wait: bool = True
     anyway: bool = False
+    settings: dict[str, Any] | None = None
 
 
 class UnloadBody(BaseModel):
@@ -44,7 +45,7 @@ class PlanBody(BaseModel):
     model_config = ConfigDict(protected_namespaces=(), extra="forbid")
 
     model_name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] | None = None
 
 
 def router(service: Service, *, with_details: bool = True) -> APIRouter:
@@ -66,6 +67,11 @@ def router(service: Service, *, with_details: bool = True) -> APIRouter:
 def _add_loading(routes: APIRouter, service: Service) -> None:
     @routes.post("/v1/internal/model/load")
     async def load(body: LoadBody) -> dict[str, Any]:
+        if body.settings:
+            raise OptionError(
+                "The settings of text-generation-webui's page mean nothing here.",
+                "Leave settings out, and give loader options in args.",
+            )
         owner = await run_in_threadpool(service.load, body.model_name, body.args, source="api", anyway=body.anyway)
         if not body.wait:
             return describe(owner.snapshot())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 from zlib import crc32
@@ -14,9 +15,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from modules.errors import Overloaded
 from modules.service import Service
+from modules.service.asking import user_of
 from modules.supervisor import Snapshot
 
 MOST_STREAMS = 64
+MOST_OF_ONE = MOST_STREAMS // 4  # user's
 _LOOK_S = 0.1  # between looks for a change
 _ALIVE_S = 15.0  # a comment so often, for proxies that close what is silent
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -25,23 +28,28 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 def router(service: Service) -> APIRouter:
     """The route."""
     routes = APIRouter()
-    open_streams: set[Request] = set()
+    streams: Counter[str] = Counter()  # those that are open, by user
 
     @routes.get("/v1/internal/model/status")
     async def status(request: Request) -> Response:
         """A page asks again and again; a program that accepts text/event-stream is told."""
         if "text/event-stream" not in request.headers.get("accept", ""):
             return JSONResponse(current(service))
-        if len(open_streams) >= MOST_STREAMS:
+        user = user_of(request.scope)
+        if streams.total() >= MOST_STREAMS:
             raise Overloaded(f"{MOST_STREAMS} streams of the status are open, and no more than that may be.")
-        open_streams.add(request)
+        if streams[user] >= MOST_OF_ONE:
+            raise Overloaded(f"{MOST_OF_ONE} streams of the status are yours, and no more than that may be.")
+        streams[user] += 1
 
         async def events() -> AsyncIterator[bytes]:
             try:
                 async for event in changes(service):
                     yield event
             finally:
-                open_streams.discard(request)
+                streams[user] -= 1
+                if not streams[user]:
+                    del streams[user]
 
         return StreamingResponse(events(), media_type="text/event-stream", headers=_HEADERS)
 

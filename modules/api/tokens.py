@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
 
 from modules.api.openai.bodies import FIRST, Body
+from modules.api.openai.embeddings import Threads
+from modules.api.openai.running import Lane
 from modules.service import Service
+from modules.service.asking import user_of
+
+_MOST_AT_ONCE = 4  # further ones wait: a model's process takes one text at a time
 
 
 class TextBody(Body):
@@ -21,18 +29,30 @@ class TokensBody(Body):
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter()
+    lane, threads = Lane(), Threads(_MOST_AT_ONCE, "tokens")
+
+    async def answer(request: Request, work: Callable[[], dict[str, Any]]) -> JSONResponse:
+        user = user_of(request.scope)
+        lane.enter(user, 1)
+        try:
+            return await asyncio.wrap_future(threads.submit(user, lambda: JSONResponse(work())))
+        finally:
+            lane.leave(user)
 
     @routes.post("/v1/internal/encode")
-    def encode(body: TextBody) -> dict[str, Any]:
-        tokens = service.encode(body.text)
-        return {"tokens": tokens, "length": len(tokens)}
+    async def encode(body: TextBody, request: Request) -> JSONResponse:
+        def work() -> dict[str, Any]:
+            tokens = service.encode(body.text)
+            return {"tokens": tokens, "length": len(tokens)}
+
+        return await answer(request, work)
 
     @routes.post("/v1/internal/decode")
-    def decode(body: TokensBody) -> dict[str, str]:
-        return {"text": service.decode(body.tokens)}
+    async def decode(body: TokensBody, request: Request) -> JSONResponse:
+        return await answer(request, lambda: {"text": service.decode(body.tokens)})
 
     @routes.post("/v1/internal/token-count")
-    def token_count(body: TextBody) -> dict[str, int]:
-        return {"length": len(service.encode(body.text))}
+    async def token_count(body: TextBody, request: Request) -> JSONResponse:
+        return await answer(request, lambda: {"length": len(service.encode(body.text))})
 
     return routes

@@ -33,6 +33,8 @@ from modules.service.traffic import Traffic
 from modules.settings import Settings
 from modules.supervisor import Fleet, Supervisor, Use
 
+KEEP_ALIVE = "keep_alive"  # what a request has to be allowed for saying how long its model stays
+
 
 @dataclass(frozen=True)
 class Reached:

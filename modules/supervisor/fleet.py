@@ -152,8 +152,8 @@ class Fleet:
         """Called by :meth:`Use.release`, with the lock held."""
         slot.uses -= 1
         slot.used = time.monotonic()
+        slot.keep_alive_s = keep_alive_s  # the last use says it, also by saying nothing
         if keep_alive_s is not None:
-            slot.keep_alive_s = keep_alive_s
             self.watch()
         self.changed.notify_all()
 

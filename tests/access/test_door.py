@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from modules import web
 from modules.access import MOST_BYTES, AccessMiddleware, Role, new_password
 from modules.access.attempts import FREE, Attempts
+from modules.access.middleware import MOST_SIGNS
 from modules.access.rules import GUEST_ROUTES, OPEN_ROUTES, guest_may
 from modules.options import ServerOptions
 from modules.web.serving import local_address
@@ -206,6 +207,31 @@ def test_a_guests_key_wins_no_fresh_guesses(door: AccessMiddleware, client: Test
     assert door._attempts.wait_s("testclient") > 0
 
 
+def test_wrong_keys_count_for_a_machine_whatever_address_of_its_network_it_takes(door: AccessMiddleware) -> None:
+    door._attempts = Attempts()
+    for number in range(FREE):
+        with TestClient(door, base_url="http://127.0.0.1", client=(f"2001:db8::{number}", 50000)) as client:
+            assert client.get("/v1/models", headers=bearer("x")).status_code == 401
+            assert client.post("/login", data={"password": "x"}).status_code == 401
+    assert door._attempts.wait_s("2001:db8::/64") > 1
+    assert door._attempts.wait_s("2001:db8:0:1::/64") == 0
+
+
+def test_how_long_a_model_stays_is_the_administrators_to_say(client: TestClient) -> None:
+    """Else a guest could unload one, which is refused on its own route."""
+    for path, body in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("embeddings", {"input": "x"}),
+    ):
+        for role, status, code in ((Role.GUEST, 403, "access_refused"), (Role.ADMIN, 400, "unsupported_parameter")):
+            answer = client.post(f"/v1/{path}", json={**body, "keep_alive": 0}, headers=KEYS[role])
+            assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+            assert answer.json()["error"]["param"] == "keep_alive"
+            answer = client.post(f"/v1/{path}", json={**body, "keep_alive": None}, headers=KEYS[role])
+            assert answer.json()["error"]["code"] == "nothing_loaded"
+
+
 def test_two_servers_on_one_host_do_not_log_each_other_out(client: TestClient) -> None:
     """Cookies do not know ports: the browser sends all of them to each."""
     for port in (7860, 7861):
@@ -253,6 +279,20 @@ def test_a_body_that_is_too_long_is_not_read(client: TestClient) -> None:
     assert client.post("/v1/chat/completions", content=endless(), headers=headers).status_code in (400, 413)
     assert client.post("/login", content=b"password=" + b"x" * 10_000).status_code == 413
     assert client.post("/login", content=b"&".join(b"a%d=1" % n for n in range(9))).status_code == 413
+
+
+def test_a_body_of_very_many_brackets_is_not_parsed(client: TestClient) -> None:
+    """Parsing holds everybody up; what is too much is found out while it comes."""
+    headers = {**KEYS[Role.GUEST], "content-type": "application/json"}
+    begin = b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": ['
+    most = MOST_SIGNS[b"[{"]
+    just, more = (begin + b",".join([b"[]"] * count) + b"]}}" for count in (most - 5, most - 4))
+    answer = client.post("/v1/chat/completions", content=more, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+    assert answer.headers["connection"] == "close"
+    assert client.post("/v1/chat/completions", content=just, headers=headers).status_code != 413
+    commas = begin + b",".join([b"1"] * (MOST_SIGNS[b","] + 2)) + b"]}}"
+    assert client.post("/v1/chat/completions", content=commas, headers=headers).status_code == 413
 
 
 @pytest.mark.parametrize(

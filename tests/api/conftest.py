@@ -40,8 +40,8 @@ class Several:
         answer = self.admin.post("/v1/internal/model/unload", json={"model_name": name})
         assert answer.status_code in (200, 404), answer.text
 
-    def complete(self, model: str, prompt: str = "a b", tokens: int = 4, **more: Any) -> Any:
-        return self.openai.completions.create(
+    def complete(self, model: str, prompt: str = "a b", tokens: int = 4, key: str = GUEST_KEY, **more: Any) -> Any:
+        return self.openai.with_options(api_key=key).completions.create(
             model=model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=more
         )
 

@@ -71,6 +71,22 @@ def test_a_body_of_another_shape_is_an_option_error(make: Make, body: Any, words
     assert "model_name, args, wait, anyway" in error["hint"]
 
 
+@pytest.mark.parametrize("more", [{}, {"args": None}, {"args": None, "settings": None}, {"args": {}, "settings": {}}])
+def test_what_clients_of_text_generation_webui_send_is_taken(make: Make, more: dict[str, Any]) -> None:
+    service = make()
+    answer = client(service).post(LOAD, json={"model_name": "demo", "wait": False, **more})
+    assert answer.status_code == 200, answer.text
+    if "settings" not in more:
+        answer = client(service).post("/v1/internal/model/plan", json={"model_name": "demo", **more})
+        assert answer.status_code == 200, answer.text
+
+
+def test_settings_that_would_be_lost_are_refused(make: Make) -> None:
+    answer = client(make()).post(LOAD, json={"model_name": "demo", "settings": {"instruction_template": "x"}})
+    assert (answer.status_code, answer.json()["error"]["kind"]) == (422, "option")
+    assert "args" in answer.json()["error"]["hint"]
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
 def test_a_body_that_is_no_json_is_a_typed_error(make: Make, content: bytes) -> None:
     answer = client(make()).post(LOAD, content=content, headers={"content-type": "application/json"})

@@ -15,7 +15,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.api.conftest import Several
+from tests.api.conftest import ADMIN_KEY, Several
 from tests.e2e.conftest import start_server, wait_for
 
 SECRET = "quintessential"  # stands in prompts, and nowhere else
@@ -92,15 +92,15 @@ def test_code_that_nobody_allowed_and_names_of_nothing_are_not_loaded(several: S
 
 
 def test_a_request_says_how_long_its_model_stays(several: Several) -> None:
-    several.complete("one", keep_alive="10m")
+    several.complete("one", key=ADMIN_KEY, keep_alive="10m")
     several.admin.post("/v1/internal/model/pin", json={"model_name": "one", "pinned": False})
     assert 590 < several.loaded()["one"]["ends_in_seconds"] <= 600
-    several.complete("one", keep_alive=-1)
+    several.complete("one", key=ADMIN_KEY, keep_alive=-1)
     assert several.loaded()["one"]["ends_in_seconds"] is None
     with pytest.raises(openai.BadRequestError, match="keep_alive: 'soon' is no time") as refused:
-        several.complete("one", keep_alive="soon")
+        several.complete("one", key=ADMIN_KEY, keep_alive="soon")
     assert refused.value.param == "keep_alive"
-    several.complete("one", keep_alive=0)
+    several.complete("one", key=ADMIN_KEY, keep_alive=0)
     wait_for(lambda: "one" not in several.loaded(), "the model's end")
 
 
@@ -152,7 +152,7 @@ def test_the_figures_are_those_of_the_traffic_and_tell_no_text(several: Several)
     for event in several.openai.completions.create(model="one", prompt=SECRET, max_tokens=6, stream=True):
         assert event.id
     with pytest.raises(openai.BadRequestError):
-        several.complete("one", SECRET, keep_alive="soon")
+        several.complete("one", SECRET, key=ADMIN_KEY, keep_alive="soon")
     assert several.guest.get("/metrics").status_code == 403
     after = figures(several)
 

@@ -50,6 +50,7 @@ ATTACKS = (
         "is let in meanwhile",
         (
             f"{_DOOR}::test_a_flood_of_wrong_keys_is_slowed_down_and_keeps_no_right_one_out",
+            f"{_DOOR}::test_wrong_keys_count_for_a_machine_whatever_address_of_its_network_it_takes",
             "tests/access/test_credentials.py::test_many_addresses_together_are_slowed_down_but_nobody_is_kept_out_for_long",
         ),
     ),
@@ -80,11 +81,18 @@ ATTACKS = (
     ),
     Attack(
         "A chat of a million messages; a body that is wrong in millions of places",
-        "400 for the first few",
+        "400 for the first few, or 413 before it is parsed",
         (
+            f"{_DOOR}::test_a_body_of_very_many_brackets_is_not_parsed",
+            "tests/api/openai/test_bodies.py::test_parts_have_a_bound_for_all_messages_together",
             f"{_DOOR}::test_a_chat_of_very_many_messages_is_refused_at_once",
             "tests/api/openai/test_bodies.py::test_a_body_of_many_errors_is_refused_for_a_few",
         ),
+    ),
+    Attack(
+        "Large bodies from one guest, all at once, that do not come to an end",
+        "503 beyond half of 512 MiB; others are served",
+        ("tests/access/test_middleware.py::test_large_bodies_of_one_user_leave_room_for_others",),
     ),
     Attack("A flood of headers", "400", (f"{_SLOW}::test_a_flood_of_headers_is_refused",)),
     Attack(
@@ -112,6 +120,16 @@ ATTACKS = (
         "A guest asks for every answer that may be waited for",
         "503 beyond half of the places; others are served",
         (f"{_SLOW}::test_one_guest_does_not_take_all_places",),
+    ),
+    Attack(
+        "A guest asks for every stream of the status that may be open",
+        "503 beyond a quarter of them; others are served",
+        ("tests/api/test_status.py::test_one_user_leaves_streams_to_the_others",),
+    ),
+    Attack(
+        "A guest unloads a model, or keeps it loaded, by `keep_alive`",
+        "403",
+        (f"{_DOOR}::test_how_long_a_model_stays_is_the_administrators_to_say",),
     ),
     Attack(
         "NaN, numbers of 5,000 digits, half characters, 100,000 brackets, in every field",

@@ -1,4 +1,5 @@
-"""What OpenAI's clients send. A field that stands in no class here is refused by its name.
+"""What OpenAI's clients send. A field that stands in no class here is refused by its name, unless it is null or a
+message's own: null asks for nothing, and a message comes out of the client's history, with what it notes there.
 
 Each thing that is wrong becomes an error of 1 kB, 300 times the bytes that were sent, so what can hold millions of them
 stops at the first (lists) or is counted before it is looked at (objects).
@@ -12,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 MOST_MESSAGES = 10_000
+MOST_PARTS = 20_000  # texts and calls of tools, of all messages together
 MOST_CHOICES = 16
 MOST_PROMPTS = 32
 MOST_INPUTS = 2048  # to be embedded; as OpenAI
@@ -26,7 +28,17 @@ def _not_too_many(value: Any) -> Any:
     return value
 
 
+def _few_parts(messages: Any) -> Any:
+    known = messages[:MOST_MESSAGES] if isinstance(messages, list) else []
+    held = [value for one in known if isinstance(one, dict) for value in (one.get("content"), one.get("tool_calls"))]
+    count = sum(len(value) for value in held if isinstance(value, list))
+    if count > MOST_PARTS:
+        raise PydanticCustomError("too_many", "{count} parts of messages are too many", {"count": count})
+    return messages
+
+
 Few = BeforeValidator(_not_too_many)
+FewParts = BeforeValidator(_few_parts)
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stops = str | Annotated[list[str], Field(max_length=16)] | None
@@ -39,48 +51,65 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
-    _few = model_validator(mode="before")(_not_too_many)
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        """The fields that ask for something. Raises PydanticCustomError for too many."""
+        few = _not_too_many(value)
+        return {name: one for name, one in few.items() if one is not None} if isinstance(few, dict) else few
 
 
 class StreamOptions(Body):
+    """``include_obfuscation`` pads OpenAI's events; here none are padded: it is taken and changes nothing."""
+
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
-class TextPart(Body):
+class Noted(Body):
+    """Out of a client's history: what else it has noted there is taken and not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(Noted):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(Body):
-    """``parsed_arguments`` is the client's own reading of ``arguments``: taken and not looked at."""
+class RefusalPart(Noted):
+    type: Literal["refusal"]
+    refusal: str
 
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class CalledFunction(Noted):
     name: str
     arguments: str
-    parsed_arguments: Any = None
 
 
-class ToolCall(Body):
-    """``index`` is a streamed call's number, which its place tells as well."""
-
-    index: Annotated[int, Field(ge=0)] | None = None
-    id: str = ""
+class ToolCall(Noted):
+    id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(Body):
-    """Of an assistant's, ``reasoning_content`` is taken as it was given out, and not shown to the model again; nor is
-    ``parsed``, which OpenAI's client adds to ``content``."""
+class Message(Noted):
+    """An assistant's ``reasoning_content`` is not shown to the model again; its ``refusal`` is where it said nothing
+    else."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FIRST] | None = None
+    content: str | Annotated[list[Part], FIRST] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], FIRST] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    parsed: Any = None
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    refusal: str | None = None
     audio: None = None
     function_call: None = None
 
@@ -89,7 +118,7 @@ class Message(Body):
         """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
 
 class Function(Body):
@@ -131,8 +160,8 @@ class Sampling(Body):
     """What chat and completions share. ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's;
     ``keep_alive`` is Ollama's: how long the model stays loaded after this request.
 
-    ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` name somebody or something and change no
-    answer: they are taken and not kept.
+    ``user``, ``metadata``, ``safety_identifier``, ``prompt_cache_key`` and ``prompt_cache_retention`` name somebody or
+    something and change no answer: they are taken and not kept.
     """
 
     model: str | None = None
@@ -142,7 +171,7 @@ class Sampling(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # -1: off, as vLLM's and llama.cpp's
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1, le=3)] | None = None
     presence_penalty: Penalty | None = None
@@ -154,12 +183,13 @@ class Sampling(Body):
     metadata: Annotated[dict[str, str], Few] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     keep_alive: float | str | None = None
 
 
 class ChatBody(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True), FewParts]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import MOST_PROMPTS, CompletionBody
+from modules.api.openai.embeddings import Threads
 from modules.api.openai.orders import completion_orders, prompts
 from modules.api.openai.reaching import Target, reached
 from modules.api.openai.running import Collected, Lane, Running, collect
@@ -19,26 +22,38 @@ from modules.api.openai.streaming import stream
 from modules.errors import OptionError
 from modules.protocol import Done, GenerateOrder, Piece
 from modules.service import Service
+from modules.service.asking import user_of
 from modules.supervisor import Use
+
+_MOST_DECODED = 4  # prompts at a time, for those who want them back as text
 
 
 def router(service: Service, lane: Lane) -> APIRouter:
     """The route."""
     routes = APIRouter()
+    threads = Threads(_MOST_DECODED, "echo")
 
     @routes.post("/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         if len(prompts(body)) > MOST_PROMPTS:
             raise OptionError(f"prompt: at most {MOST_PROMPTS} at a time.")
-        loop = asyncio.get_running_loop()
+        loop, user = asyncio.get_running_loop(), user_of(request.scope)
 
-        def begin(target: Target) -> tuple[Running, list[str]]:
+        def run(orders: Sequence[GenerateOrder], use: Use) -> Running:
+            return Running(service, lane, orders, request, use, loop, body.n or 1)
+
+        def begin(target: Target) -> tuple[Sequence[GenerateOrder], Running | None]:
             orders = completion_orders(service, body, target)
-            fronts = _fronts(service, body, orders, target.use)
-            return Running(service, lane, orders, request, target.use, loop, body.n or 1), fronts
+            return orders, None if body.echo else run(orders, target.use)
 
-        async with reached(service, body.model, body.keep_alive, request, begin) as (target, (running, fronts)):
+        async with reached(service, body.model, body.keep_alive, request, begin) as (target, (orders, running)):
             name = body.model or target.use.name
+            fronts = ["" for _ in orders]
+            if running is None:
+                with _place(lane, user):
+                    work = partial(_prompts, service, orders, target.use)
+                    fronts = await asyncio.wrap_future(threads.submit(user, work))
+                running = await run_in_threadpool(run, orders, target.use)
         if body.stream:
             return await stream(_events(running, body, name, fronts))
         return JSONResponse(_whole(await collect(running), body, name, fronts))
@@ -46,11 +61,20 @@ def router(service: Service, lane: Lane) -> APIRouter:
     return routes
 
 
-def _fronts(service: Service, body: CompletionBody, orders: Sequence[GenerateOrder], use: Use) -> list[str]:
-    """What stands before each answer: its prompt where ``echo`` asks for it."""
-    if not body.echo:
-        return ["" for _ in orders]
-    return [service.decode(order.prompt_ids, use) if order.prompt_ids else order.prompt for order in orders]
+@contextlib.contextmanager
+def _place(lane: Lane, user: str) -> Iterator[None]:
+    """One place in the lane meanwhile."""
+    lane.enter(user, 1)
+    try:
+        yield
+    finally:
+        lane.leave(user)
+
+
+def _prompts(service: Service, orders: Sequence[GenerateOrder], use: Use) -> list[str]:
+    """Each order's prompt as text; where several have the same, it is decoded once."""
+    decoded = {ids: service.decode(ids, use) for ids in dict.fromkeys(order.prompt_ids for order in orders) if ids}
+    return [decoded[order.prompt_ids] if order.prompt_ids else order.prompt for order in orders]
 
 
 def _whole(answers: Sequence[Collected], body: CompletionBody, name: str, fronts: Sequence[str]) -> dict[str, Any]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
+from starlette.responses import Response
 
 from modules.api.openai.bodies import EmbeddingBody
 from modules.api.openai.reaching import Target, disconnected, reached
@@ -20,16 +27,69 @@ from modules.service.asking import user_of
 from modules.service.embedding import Embedder, Vectors
 from modules.service.traffic import seen_of
 
+T = TypeVar("T")
 _MOST_AT_ONCE = 16  # further ones wait: a model takes one batch at a time
+
+
+@dataclass(eq=False)
+class _Asked:
+    user: str
+    work: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Threads:
+    """Threads of their own for what may take long, since the common ones answer pages; a user has half at most.
+
+    Of those who wait, who has the fewest comes next. May be used from any thread.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(most, name)
+        self._most = most
+        self._inside: Counter[str] = Counter()  # by user
+        self._waiting: list[_Asked] = []
+        self._lock = threading.Lock()
+
+    def submit(self, user: str, work: Callable[[], T]) -> Future[T]:
+        """The future has what ``work`` returns or raises; cancelled before its turn, it never begins."""
+        asked = _Asked(user, work)
+        with self._lock:
+            self._waiting.append(asked)
+        self._begin()
+        return asked.future
+
+    def _begin(self) -> None:
+        """Let the next one begin, where there is a thread for it."""
+        with self._lock:
+            share = max(1, self._most // 2)
+            may = [one for one in self._waiting if self._inside[one.user] < share]
+            if not may or self._inside.total() == self._most:
+                return
+            asked = min(may, key=lambda one: self._inside[one.user])
+            self._waiting.remove(asked)
+            self._inside[asked.user] += 1
+        self._pool.submit(self._run, asked)
+
+    def _run(self, asked: _Asked) -> None:
+        try:
+            if asked.future.set_running_or_notify_cancel():
+                asked.future.set_result(asked.work())
+        except BaseException as error:
+            asked.future.set_exception(error)
+        finally:
+            with self._lock:
+                self._inside -= Counter([asked.user])  # forgets those who have none left
+            self._begin()
 
 
 def router(service: Service, lane: Lane) -> APIRouter:
     """The route."""
     routes = APIRouter()
-    threads = ThreadPoolExecutor(_MOST_AT_ONCE, "embedding")  # of its own: the common ones answer pages
+    threads = Threads(_MOST_AT_ONCE, "embedding")
 
     @routes.post("/embeddings")
-    async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """The mean over the last layer's hidden states, of length 1: what a model that writes text has to offer.
 
         A model that was trained for embeddings tells far better what two texts have in common.
@@ -46,19 +106,19 @@ def router(service: Service, lane: Lane) -> APIRouter:
             seen.model = target.use.name
             lane.enter(user, 1)
             try:
-                vectors = await _run(work, threads, request)
+                whole = partial(_whole, work, body, body.model or target.use.name)
+                written, seen.prompt_tokens = await _run(work, threads.submit(user, whole), request)
             finally:
                 lane.leave(user)
-        seen.prompt_tokens = sum(vectors.tokens)
         service.traffic.read(seen.model, seen.prompt_tokens)
-        return _whole(vectors, body, body.model or target.use.name)
+        return Response(written, media_type="application/json")
 
     return routes
 
 
-async def _run(embedder: Embedder, threads: Executor, request: Request) -> Vectors:
-    """The vectors; stops when the client goes."""
-    work = asyncio.get_running_loop().run_in_executor(threads, embedder.run)
+async def _run(embedder: Embedder, asked: Future[T], request: Request) -> T:
+    """What comes of it; stops when the client goes."""
+    work = asyncio.wrap_future(asked)
     gone = asyncio.create_task(disconnected(request))
     tasks: set[asyncio.Future[Any]] = {work, gone}
     try:
@@ -91,20 +151,21 @@ def _text(text: str) -> Input:
     return Input(text)
 
 
-def _whole(vectors: Vectors, body: EmbeddingBody, name: str) -> dict[str, Any]:
+def _whole(embedder: Embedder, body: EmbeddingBody, name: str) -> tuple[bytes, int]:
+    """(the response, how many tokens were read). Written vector by vector: as one call of the encoder, the numbers of
+    a large request would keep every other thread waiting for seconds.
+    """
+    vectors = embedder.run()
     count = sum(vectors.tokens)
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": place, "embedding": _encoded(vectors, place, body)}
-            for place in range(len(vectors.data))
-        ],
-        "model": name,
-        "usage": {"prompt_tokens": count, "total_tokens": count},
-    }
+    rest = json.dumps({"model": name, "usage": {"prompt_tokens": count, "total_tokens": count}}, ensure_ascii=False)
+    data = [
+        b'{"object":"embedding","index":%d,"embedding":%s}' % (place, _encoded(vectors, place, body))
+        for place in range(len(vectors.data))
+    ]
+    return b'{"object":"list","data":[%s],%s' % (b",".join(data), rest[1:].encode("utf-8", "replace")), count
 
 
-def _encoded(vectors: Vectors, place: int, body: EmbeddingBody) -> str | list[float]:
+def _encoded(vectors: Vectors, place: int, body: EmbeddingBody) -> bytes:
     if body.encoding_format == "base64":
-        return base64.b64encode(vectors.data[place]).decode()
-    return vectors.floats(place)
+        return b'"%s"' % base64.b64encode(vectors.data[place])
+    return json.dumps(vectors.floats(place), separators=(",", ":")).replace("NaN", "null").encode()  # JSON has no NaN

@@ -72,7 +72,9 @@ def _values(body: Sampling, max_new_tokens: int) -> dict[str, Any]:
     given = {name: value for name in GENERATION_OPTIONS if (value := getattr(body, name, None)) is not None}
     if given.get("top_p") == 0:
         given["top_p"] = 1e-6  # OpenAI takes 0 for: the likeliest token alone
-    if given.get("seed") is not None:
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    if given.get("seed") not in (None, -1):  # -1: a new one each time
         given["seed"] = given["seed"] % _MOST_SEED
     return {**given, "max_new_tokens": min(max_new_tokens, high)}
 
@@ -111,7 +113,7 @@ def _message(message: Message) -> dict[str, Any]:
     if message.tool_calls:
         data["tool_calls"] = [
             {
-                "id": call.id,
+                "id": call.id or "",
                 "type": "function",
                 "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
             }

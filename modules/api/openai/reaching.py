@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from modules.errors import Cancelled, LoadPending, OptionError
+from modules.errors import AccessRefused, Cancelled, LoadPending, OptionError
 from modules.protocol import AdapterChoice
 from modules.service import Service
-from modules.service.answering import Reached
+from modules.service.answering import KEEP_ALIVE, Reached
 from modules.supervisor import NEVER, Loaded, Use
 
 T = TypeVar("T")
@@ -46,14 +46,26 @@ async def reached(
 
     With it comes what ``begin`` begins with it, on another thread than the event loop's: for a model that answers
     already, one turn of that thread does both. Raises what ``begin`` and :meth:`Answering.reach` raise and what the
-    load failed with, LoadPending where it takes too long, and Cancelled when the client goes.
+    load failed with, LoadPending where it takes too long, AccessRefused for a guest's ``keep_alive``, and Cancelled
+    when the client goes.
     """
+    if keep_alive is not None and not _may_keep(request):
+        raise AccessRefused(
+            "keep_alive: how long a model stays is the administrator's to say.",
+            "Leave it out, or send the key of --admin-key.",
+        )
     wanted, found = await run_in_threadpool(_at_once, service, model or "", seconds(keep_alive), begin)
     if found is None:
         use = await _awaited(wanted.use, wanted.name, service, request)
         found = await run_in_threadpool(_begun, service, wanted, use, begin)
     with found[0].use:
         yield found
+
+
+def _may_keep(request: Request) -> bool:
+    """As the door has written it down; without a door everybody may."""
+    allowed = request.scope.get("auth")
+    return allowed is None or KEEP_ALIVE in allowed.scopes
 
 
 def _at_once(

@@ -86,10 +86,22 @@ class Running:
         self._choices_a_prompt = choices_a_prompt
         self.count = self._left = len(orders)
         for index, order in enumerate(replace(order, user=self._user) for order in orders):
-            held = use.again()  # until this answer is there, however long the response takes
-            threading.Thread(
-                target=self._run, args=(service, index, order, held), name="api-answer", daemon=True
-            ).start()
+            self._start(service, index, order, use.again())
+
+    def _start(self, service: Service, index: int, order: GenerateOrder, held: Use) -> None:
+        """``held`` until this answer is there, however long the response takes. Raises Overloaded for want of threads:
+        then those that have been started end, and the places of the rest are given back.
+        """
+        thread = threading.Thread(target=self._run, args=(service, index, order, held), name="api-answer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            log.exception("no thread for an answer")
+            self._stop.set()
+            held.release()
+            for _ in range(index, self.count):
+                self._lane.leave(self._user)
+            raise Overloaded("This machine has no thread left for a further answer.") from None
 
     def _run(self, service: Service, index: int, order: GenerateOrder, use: Use) -> None:
         try:
