@@ -33,6 +33,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from modules.errors import LoadstoneError, error_from_dict
 from modules.options import GenerationOptions, LoadOptions
+from modules.units import counted
 
 LOAD, GENERATE, COUNT, MEMORY = "/load", "/generate", "/count", "/memory"
 ADAPTERS = "/adapters"
@@ -301,6 +302,14 @@ class Done:
     dropped_messages: int = 0  # left out of the front so that the prompt fits the context
     tool_calls: tuple[dict[str, str], ...] = ()  # {"name": …, "arguments": JSON}, in order
     held_tokens: int = 0  # the most that there was memory for at a time since the load, of all answers together
+    dropped_tokens: int = 0  # cut from the front of a raw prompt for the same; of a long text in hundreds
+
+    @property
+    def left_out(self) -> str:
+        """What of the prompt did not fit the context, in words; "" where all did."""
+        if self.dropped_messages:
+            return f"of the oldest, {counted(self.dropped_messages, 'message')} did not fit"
+        return f"of the front, {counted(self.dropped_tokens, 'token')} did not fit" if self.dropped_tokens else ""
 
 
 Event: TypeAlias = Listening | Warm | Progress | Ready | Failed
@@ -309,27 +318,10 @@ Chunk: TypeAlias = Waiting | Piece | Done | Failed
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        Hello,
-        LoadOrder,
-        GenerateOrder,
-        CountOrder,
-        EncodeOrder,
-        DecodeOrder,
-        AdaptersOrder,
-        AdaptersReport,
-        MergeOrder,
-        Merged,
-        Memory,
-        Listening,
-        Warm,
-        Progress,
-        Ready,
-        Failed,
-        Waiting,
-        Piece,
-        Done,
+        Hello, LoadOrder, GenerateOrder, CountOrder, EncodeOrder, DecodeOrder, AdaptersOrder, AdaptersReport,
+        MergeOrder, Merged, Memory, Listening, Warm, Progress, Ready, Failed, Waiting, Piece, Done,
     )
-}
+}  # fmt: skip
 _NESTED: dict[str, Mapping[str, type[Any]]] = {
     "LoadOrder": {"options": LoadOptions, "adapters": AdapterChoice},
     "GenerateOrder": {"options": GenerationOptions, "shape": Shape, "adapters": AdapterChoice},

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from modules.errors import Cancelled, LoadstoneError, OutOfMemory, RequestTooLong
-from modules.protocol import Failed, Piece
+from modules.protocol import MEMORY, Failed, Piece
 from modules.supervisor import State
 from tests.supervised import LIMIT_S, Supervised, prompt, supervised, text_of, until
 
@@ -106,3 +106,18 @@ def test_unloading_ends_an_answer_with_a_word(cold: Supervised) -> None:
     with pytest.raises(Cancelled, match="unloaded"):
         list(answer)
     assert cold.supervisor.snapshot().generating == 0
+
+
+def test_commands_to_a_worker_that_has_gone_say_why_it_went(cold: Supervised) -> None:
+    """Connections that were kept to it are closed then, and none of them is taken."""
+    cold.load("good")
+    list(cold.supervisor.generate(prompt("2")))
+    child = cold.supervisor._owner.child
+    assert child is not None
+    assert child._kept
+    answer = cold.supervisor.generate(prompt("2"))
+    cold.supervisor.unload()
+    with pytest.raises(Cancelled, match="unloaded"):
+        next(answer)
+    with pytest.raises(Cancelled, match="unloaded"):
+        child.call("GET", MEMORY, timeout_s=2)

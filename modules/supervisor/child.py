@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -165,7 +164,7 @@ class Child:
             reader.join(max(0.0, deadline - time.monotonic()))
         self._close_pipes(readers)
         self.gone.set()
-        for connection in self._kept:
+        while (connection := self._taken()) is not None:
             connection.close()
         self._on_exit(self)
 
@@ -221,19 +220,25 @@ class Child:
         """A connection for one command: one that was kept, or a new one; see :func:`client.connect`."""
         if self.port is None:
             raise ConnectionRefusedError(f"the worker {self.pid} does not listen yet")
-        with suppress(IndexError):
-            kept = self._kept.pop()
-            kept.sock.settimeout(timeout_s)
-            return kept
+        while (kept := self._taken()) is not None:
+            if (opened := kept.sock) is not None:  # else it was closed with the worker
+                opened.settimeout(timeout_s)
+                return kept
         try:
             return client.connect(self.port, timeout_s)
         except OSError:
             self._count_kills()
             raise
 
+    def _taken(self) -> HTTPConnection | None:
+        try:
+            return self._kept.pop()
+        except IndexError:
+            return None
+
     def keep(self, connection: HTTPConnection) -> None:
-        """Keep one that has answered, for the next command; few, and none for a worker that is gone."""
-        if len(self._kept) < _MOST_KEPT and not self.gone.is_set():
+        """Keep one that has answered, for the next command; few, and none that the worker has closed."""
+        if connection.sock is not None and len(self._kept) < _MOST_KEPT and not self.gone.is_set():
             self._kept.append(connection)
         else:
             connection.close()

@@ -154,12 +154,12 @@ class Worker:
         return self._adapters.apply(order.adapters)
 
     def measure(self, order: PerplexityOrder, tell: Tell, stopped: threading.Event) -> None:
-        """Queue a measurement of perplexity; what is asked for meanwhile comes between its windows."""
+        """Queue a measurement of perplexity: its windows come between the turns of those who are answered."""
         loaded = self.loaded()
         measure(loaded, order, partial(self._using, loaded), self.engine, tell, stopped)
 
     def embed(self, order: EmbedOrder, tell: Tell, stopped: threading.Event) -> None:
-        """Queue texts to be embedded; what is asked for meanwhile comes between their batches."""
+        """Queue texts to be embedded: their batches come between the turns of those who are answered."""
         loaded = self.loaded()
         embed(loaded, order, partial(self._using, loaded), self.engine, tell, stopped)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import base64
 import threading
 from array import array
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from modules.embeddings import Embedded, EmbedOrder, Input
 from modules.errors import OptionError, RequestTooLong, UnsupportedModel
-from modules.protocol import Failed, Progress
+from modules.protocol import Progress
 from modules.worker.engine import Engine
 from modules.worker.generation import Loaded, input_device
-from modules.worker.perplexity import Using
+from modules.worker.perplexity import Using, beside
 from modules.worker.telling import Tell
 from modules.worker.tokenizing import ids_within
 
@@ -30,14 +31,14 @@ READ_TOKENS = 65_536  # that inputs are made at a time before others have their 
 def embed(
     loaded: Loaded, order: EmbedOrder, using: Using, engine: Engine, tell: Tell, stopped: threading.Event
 ) -> None:
-    """Embed on the engine's thread, batch by batch, so that what others ask for comes between.
+    """Embed on the engine's thread: one batch between two turns of those who are answered, which neither waits for.
 
     ``using``: lets a set of LoRAs act. ``tell`` gets Progress …, then one Embedded or Failed, which is not sure to come
     where ``stopped`` is set.
     """
 
     def begin() -> None:
-        guarded(lambda: go_on(Embedding(loaded, order)))
+        go_on(Embedding(loaded, order))
 
     def go_on(embedding: Embedding) -> None:
         if not embedding.read:
@@ -49,17 +50,9 @@ def embed(
         if embedding.done == len(order.inputs):
             tell(embedding.result())
         elif not stopped.is_set():
-            engine.submit(guarded, lambda: go_on(embedding))
+            engine.slip_in(beside, partial(go_on, embedding), loaded, engine, tell)
 
-    def guarded(work: Any) -> None:
-        try:
-            work()
-        except Exception as error:
-            from modules.worker.failures import translate
-
-            tell(Failed(translate(error, loaded.order)))
-
-    engine.submit(begin)
+    engine.slip_in(beside, begin, loaded, engine, tell)
 
 
 class Embedding:
@@ -103,10 +96,10 @@ class Embedding:
             self._batches = _batches(sorted(range(len(lengths)), key=lengths.__getitem__), lengths)
 
     def batch(self) -> None:
-        """Compute the next batch."""
+        """Compute the next batch. One that fails is the next once more."""
         import torch
 
-        places = self._batches.pop(0)
+        places = self._batches[0]
         rows = [self._ids[place] for place in places]
         longest = max(map(len, rows))
         device = input_device(self._model)
@@ -119,6 +112,7 @@ class Embedding:
             unit = torch.nn.functional.normalize(means, dim=-1).cpu()
         for place, vector in zip(places, unit, strict=True):
             self._vectors[place] = vector
+        del self._batches[0]
         self.done += len(places)
 
     def result(self) -> Embedded:

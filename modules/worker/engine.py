@@ -32,22 +32,34 @@ class _Job:
 class Engine:
     """Jobs for one thread, since each thread that computes would bring its own pool of computing threads.
 
-    A job has the thread to itself: it begins when what was numbered before it is done, and what was numbered after
-    it begins when it is done. A job whose future is cancelled before its turn leaves the queue.
+    A job of :meth:`submit` has the thread to itself: it begins when what was numbered before it is done, and what was
+    numbered after it begins when it is done. One of :meth:`slip_in` waits for no answer, and no answer for it. A job
+    whose future is cancelled before its turn leaves the queue.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()
+        self._short: deque[_Job] = deque()  # those that come between two turns
         self._numbers = 0
         self._news = False
         self._turns: Turns | None = None
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue ``function``; the future has its result, or what it raised."""
+        return self._queue(self._jobs, lambda: function(*args, **kwargs))
+
+    def slip_in(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """As :meth:`submit`, for a short piece of work that leaves the model as it was: one comes between two turns.
+
+        It waits for the jobs of :meth:`submit` that were numbered before it.
+        """
+        return self._queue(self._short, lambda: function(*args, **kwargs))
+
+    def _queue(self, queue: deque[_Job], work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         with self._changed:
-            self._jobs.append(_Job(self.number(), future, lambda: function(*args, **kwargs)))
+            queue.append(_Job(self.number(), future, work))
             self.wake()
         return future
 
@@ -75,17 +87,23 @@ class Engine:
     def _once(self) -> None:
         with self._changed:
             self._news = False
-        if self._turns is not None and self._turns.turn(self._first_job):
-            return
-        with self._changed:
-            while not self._jobs and not self._news:
-                self._changed.wait()
-            job = self._jobs.popleft() if self._jobs and not self._news else None
+        busy = self._turns is not None and self._turns.turn(self._first_job)
+        job = self._next(busy)
         if job is not None:
             _work(job)
 
+    def _next(self, busy: bool) -> _Job | None:
+        """What comes before the next turn, if anything. ``busy``: turns have something left to do."""
+        with self._changed:
+            while not (busy or self._jobs or self._short or self._news):
+                self._changed.wait()
+            if self._short and self._short[0].number < self._first_job():
+                return self._short.popleft()
+            alone = not busy and not self._news  # with news, an answer may have come that was numbered before the job
+            return self._jobs.popleft() if alone and self._jobs else None
+
     def _first_job(self) -> int:
-        """The number of the first job that still stands in the queue."""
+        """The number of the first job of :meth:`submit` that still stands in the queue."""
         with self._changed:
             while self._jobs and self._jobs[0].future.cancelled():
                 self._jobs.popleft()

@@ -17,6 +17,7 @@ from modules.errors import (
     BrokenCheckpoint,
     CustomCodeRefused,
     DiskFull,
+    InternalError,
     LoadFailed,
     LoadstoneError,
     MissingPackage,
@@ -32,8 +33,11 @@ _GIB = 1024**3
 _GPU_FULL = re.compile(r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|CU\w+_STATUS_ALLOC_FAILED")
 
 
-def translate(exc: BaseException, order: LoadOrder) -> LoadstoneError:
-    """The error of our tree for ``exc``, with the traceback as details; one of ours comes back as it is."""
+def translate(exc: BaseException, order: LoadOrder, *, loaded: bool = False) -> LoadstoneError:
+    """The error of our tree for ``exc``, with the traceback as details; one of ours comes back as it is.
+
+    ``loaded``: it is not the load that failed but the use of what is loaded.
+    """
     if isinstance(exc, LoadstoneError):
         return exc
     chain = list(_chain(exc))
@@ -42,7 +46,7 @@ def translate(exc: BaseException, order: LoadOrder) -> LoadstoneError:
             if (error := rule(link, order)) is not None:
                 return _with_traceback(error, exc)
     message = f"{order.name}: {type(exc).__name__}: {_first_line(exc)}"
-    return _with_traceback(LoadFailed(message), exc)
+    return _with_traceback(InternalError(message) if loaded else LoadFailed(message), exc)
 
 
 def _with_traceback(error: LoadstoneError, exc: BaseException) -> LoadstoneError:

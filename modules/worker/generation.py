@@ -6,11 +6,11 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from modules.errors import LoadstoneError
+from modules.errors import LoadstoneError, OptionError
 from modules.options import GenerationOptions
 from modules.protocol import Chunk, Done, Failed, FinishReason, GenerateOrder, LoadOrder, Piece, Shape
 from modules.worker.decoding import StopText, TextStream
@@ -67,7 +67,7 @@ def typed(error: Exception, order: LoadOrder) -> LoadstoneError:
         return error
     from modules.worker.failures import translate
 
-    return translate(error, order).with_traceback(None)
+    return translate(error, order, loaded=True).with_traceback(None)
 
 
 def release() -> None:
@@ -87,11 +87,12 @@ class Answer:
         """Raises what the prompt or the order's shape is refused with."""
         self._tokenizer = loaded.tokenizer
         self._prompt = prompt = prompter(loaded).prompt(order)
+        _must_be_known(prompt.ids, loaded.model)
         self.options = order.options
         self.limit = min(order.options.max_new_tokens, prompter(loaded).room(prompt))
         self.stopped = stopped
         self._emit = emit
-        self._text = TextStream(loaded.tokenizer)
+        self._text = TextStream(loaded.tokenizer, prompt.ids if prompt.continues else ())
         self._stop_text = StopText((*prompt.stops, *order.shape.stops))
         self.end_tokens = _end_tokens(loaded.model, loaded.tokenizer)
         self._reason: FinishReason | None = None
@@ -116,7 +117,7 @@ class Answer:
         parts = self._parts
         return Shaping(
             shape, self._tokenizer, self.end_tokens, parts.tools if parts else None,
-            lambda: parts is not None and parts.thinking, order.options.repetition_penalty,
+            lambda: parts is not None and parts.thinking, self._text.texts, order.options.repetition_penalty,
         )  # fmt: skip
 
     @property
@@ -206,6 +207,7 @@ class Answer:
             first_token_seconds=self._first - self._begin,
             seconds=self._last - self._first,
             dropped_messages=self._prompt.dropped_messages,
+            dropped_tokens=self._prompt.dropped_tokens,
             tool_calls=tuple(self._parts.calls) if self._parts is not None else (),
             held_tokens=held_tokens,
         )
@@ -283,6 +285,16 @@ def input_device(model: Any) -> Any:
     device = model.get_input_embeddings().weight.device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     return device if device.type != "meta" else getattr(hook, "execution_device", None) or "cpu"
+
+
+def _must_be_known(ids: Sequence[int], model: Any) -> None:
+    """Raises OptionError for a token of the tokenizer's that the model has not: on a GPU it would end the process."""
+    last = int(model.get_input_embeddings().weight.shape[0]) - 1
+    if ids and max(ids) > last:
+        raise OptionError(
+            f"The prompt has the token {max(ids)}, and the model knows none beyond {last}.",
+            "It may be the name of a special token that was added to the tokenizer alone: leave it out.",
+        )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

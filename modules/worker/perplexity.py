@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from modules.errors import OptionError, RequestTooLong, UnsupportedModel, UserError
+from modules.errors import OptionError, OutOfMemory, RequestTooLong, UnsupportedModel, UserError
 from modules.perplexity import Perplexity, PerplexityOrder
 from modules.protocol import AdapterChoice, Failed, LoadOrder, Progress
 from modules.worker.engine import Engine
-from modules.worker.generation import Loaded, input_device
+from modules.worker.generation import Loaded, input_device, release
 from modules.worker.telling import Tell
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ Using: TypeAlias = Callable[[tuple[AdapterChoice, ...] | None], AbstractContextM
 def measure(
     loaded: Loaded, order: PerplexityOrder, using: Using, engine: Engine, tell: Tell, stopped: threading.Event
 ) -> None:
-    """Measure on the engine's thread: one window, then back to the end of the queue, so that answers come between.
+    """Measure on the engine's thread: one window between two turns of those who are answered, then the next.
 
     ``using``: lets a set of LoRAs act. ``tell`` gets Progress …, then one Perplexity or Failed, which is not sure to
     come where ``stopped`` is set.
     """
 
     def begin() -> None:
-        guarded(lambda: go_on(Measurement(loaded, order)))
+        go_on(Measurement(loaded, order))
 
     def go_on(measurement: Measurement) -> None:
         with using(order.adapters):
@@ -46,17 +47,28 @@ def measure(
         if measurement.over:
             tell(measurement.result())
         elif not stopped.is_set():
-            engine.submit(guarded, lambda: go_on(measurement))
+            engine.slip_in(beside, partial(go_on, measurement), loaded, engine, tell)
 
-    def guarded(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            from modules.worker.failures import translate
+    engine.slip_in(beside, begin, loaded, engine, tell)
 
-            tell(Failed(translate(error, loaded.order)))
 
-    engine.submit(begin)
+def beside(work: Callable[[], None], loaded: Loaded, engine: Engine, tell: Tell, alone: bool = False) -> None:
+    """Do ``work`` beside the answers under way; where memory is too short for both, once more when they are over.
+
+    ``tell`` gets Failed where it fails. What is done twice must be able to.
+    """
+    from modules.worker.failures import translate
+
+    try:
+        work()
+        return
+    except Exception as error:
+        failure = translate(error, loaded.order, loaded=True)
+    release()  # only here is the traceback gone, which held the tensors
+    if isinstance(failure, OutOfMemory) and not alone:
+        engine.submit(beside, work, loaded, engine, tell, alone=True)
+    else:
+        tell(Failed(failure))
 
 
 class Measurement:

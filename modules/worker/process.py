@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import sys
 import threading
@@ -13,6 +12,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from modules import collector
 from modules.protocol import HEAP_LIMIT_BYTES, decode, encode
@@ -126,7 +127,7 @@ def _chunks(fd: int) -> Iterator[bytes]:
 
 def end_group() -> None:
     """End this process at once, and its children where it leads their group."""
-    if os.getpgrp() == os.getpid():
+    if sys.platform != "win32" and os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
 
@@ -145,8 +146,13 @@ def take_signals() -> None:
 
 def memory_of_this_process() -> tuple[int, int]:
     """The resident memory and its peak, in bytes."""
+    if sys.platform == "win32":
+        held = psutil.Process().memory_info()
+        return held.rss, held.peak_wset
     status = Path("/proc/self/status")
-    if not status.exists():  # not Linux: the peak is all that can be had without another package
+    if not status.exists():  # not Linux
+        import resource  # which Windows has not
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -174,7 +180,7 @@ def memory_given_back() -> Iterator[None]:
     try:
         libc = ctypes.CDLL(None)
         set_limit, trim = libc.mallopt, libc.malloc_trim
-    except (AttributeError, OSError):  # another C library
+    except (AttributeError, OSError, TypeError):  # another C library; on Windows none is found without a name
         yield
         return
     set_limit(_MMAP_THRESHOLD, 1 << 20)

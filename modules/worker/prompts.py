@@ -25,12 +25,16 @@ class Prompt:
     """``stops`` end the answer where the model has no end-of-turn token of its own.
 
     ``thinking``: the chat template has opened the model's reasoning, which the answer goes on with.
+    ``continues``: the answer goes on with the prompt's text, amidst a sentence maybe, instead of beginning one.
+    ``continues``: the answer goes on with the prompt's text, amidst a sentence maybe, instead of beginning one.
     """
 
     ids: list[int]
     stops: tuple[str, ...] = ()
     dropped_messages: int = 0
+    dropped_tokens: int = 0  # of a raw prompt
     thinking: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,29 @@ class Prompter:
             found = list(order.prompt_ids) or ids_within(self.tokenizer, self._raw, order.prompt, self._limit())
             if found is None or len(found) > self._limit():
                 raise self._too_long("prompt", found, len(order.prompt))
-            ids = found
+            ids, dropped = found, 0
         else:
             limit = self.ctx_tokens - self._room(order.options.max_new_tokens)
-            ids = list(order.prompt_ids) or last_ids(self.tokenizer, self._raw, order.prompt, limit)
-            ids = self._cut_left(ids, limit)
+            whole, unread = (list(order.prompt_ids), 0) if order.prompt_ids else self._right_end(order.prompt, limit)
+            ids = self._cut_left(whole, limit)
+            dropped = len(whole) - len(ids) + unread
         if order.prompt_ids:
             self._must_be_known(ids)
-        return Prompt(ids)
+        return Prompt(ids, dropped_tokens=dropped, continues=self.task == "causal")
+
+    def _right_end(self, text: str, limit: int) -> tuple[list[int], int]:
+        """The ids of the text, or of its right end that has more than ``limit`` already; and about how many come before
+        those, by how long they are, since the rest is not tokenized."""
+        read = ""
+
+        def encode(part: str) -> list[int]:
+            nonlocal read
+            read = part
+            return self._raw(part)
+
+        ids = last_ids(self.tokenizer, encode, text, limit)
+        unread = max(0, len(text) - len(read))
+        return ids, round(unread * len(ids) // len(read), -2) if unread else 0
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text as it stands, without what a prompt gets in front. Raises RequestTooLarge."""
@@ -200,16 +219,19 @@ class Prompter:
         dropped, continue_last = len(order.messages) - len(messages), order.continue_last
         if continue_last and not messages[-1]["content"]:
             messages, continue_last = messages[:-1], False  # nothing to go on with: answer
+        continues = continue_last and self.task == "causal"
+        continues = continue_last and self.task == "causal"
         if not self.tokenizer.chat_template:
             _refuse_without_template(order.shape)
             raw = ids_within(self.tokenizer, self._raw, self.plain(messages, continue_last), most)
-            return None if raw is None else Prompt(raw, ("\nUser:",), dropped)
+            return None if raw is None else Prompt(raw, ("\nUser:",), dropped, continues=continues)
         text = self._rendered(messages, continue_last, self._extras(order.shape))
         ids = ids_within(self.tokenizer, self._ids, text, most)
         if ids is None:
             return None
         marks = self._marks()
-        return Prompt(ids, (), dropped, thinking=marks is not None and text.rstrip().endswith(marks[0]))
+        thinking = marks is not None and text.rstrip().endswith(marks[0])
+        return Prompt(ids, (), dropped, thinking=thinking, continues=continues)
 
     def _marks(self) -> tuple[str, str] | None:
         return reasoning_marks(self.tokenizer.chat_template or "")

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from modules import packages
+from modules.checkpoint import refuse_quantization
 from modules.errors import MissingPackage, OptionConflict, UnsupportedModel, WrongResult
 from modules.options import LoadOptions
 from modules.precision import PACKED_FROM, unpacks
@@ -103,8 +104,11 @@ def check_available(order: LoadOrder, stored: Mapping[str, Any]) -> None:
     """
     if not stored:
         return
+    refuse_quantization(order.name, order.quantization)
     require(order.quantization or str(stored.get("quant_method", "")), f"{order.name} is quantized with")
-    if not AutoHfQuantizer.supports_quant_method(dict(stored)):
+    # It raises a ValueError where nothing is named, as older GPTQ and AWQ files do.
+    named = any(stored.get(key) for key in ("quant_method", "load_in_4bit", "load_in_8bit"))
+    if not named or not AutoHfQuantizer.supports_quant_method(dict(stored)):
         raise UnsupportedModel(
             f"{order.name} is quantized with {stored.get('quant_method')!r}, which transformers does not know."
         )

@@ -19,7 +19,8 @@ from modules.worker.tools import ToolFormat, call_grammar
 class Shaping:
     """A logits processor for one answer. It comes before temperature, top-k, top-p and min-p.
 
-    ``thinking`` tells whether the answer is still reasoning, which no grammar holds.
+    ``thinking`` tells whether the answer is still reasoning, which no grammar holds. ``texts`` gives the text of each
+    of some tokens if it came next.
     """
 
     def __init__(
@@ -29,12 +30,15 @@ class Shaping:
         end_tokens: frozenset[int],
         tools: ToolFormat | None,
         thinking: Callable[[], bool],
+        texts: Callable[[list[int]], list[str]],
         repetition_penalty: float = 1.0,
     ) -> None:
         """Raises UnsupportedParameter and OptionError for a grammar that cannot be followed."""
         self._shape = shape
         self._tokenizer = tokenizer
         self._thinking = thinking
+        self._texts = texts
+        self._texts = texts
         self._repetition_penalty = repetition_penalty
         self._bias = {int(token): value for token, value in shape.logit_bias.items()}
         self._counts: Counter[int] = Counter()
@@ -99,17 +103,14 @@ class Shaping:
         if self._logprobs is None or token in self._end_tokens:
             return None
         best = torch.topk(self._logprobs, self._shape.logprobs or 0)
+        text, *others = self._texts([token, *best.indices.tolist()])
         return {
-            "token": self._text(token),
+            "token": text,
             "logprob": float(self._logprobs[token]),
             "top": [
-                {"token": self._text(int(one)), "logprob": float(value)}
-                for value, one in zip(best.values, best.indices, strict=True)
+                {"token": other, "logprob": value} for other, value in zip(others, best.values.tolist(), strict=True)
             ],
         }
-
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def _grammar(shape: Shape, tools: ToolFormat | None) -> str:

@@ -62,12 +62,13 @@ class _Watch:
 
     def look(self) -> None:
         """End the template where it is beyond its bounds."""
+        if time.monotonic() - self._began > self._limit_s:
+            self._raise(f"has run for {self._limit_s:g} s")
+            return
         held = psutil.Process().memory_info().rss
         self._before = held if self._before is None else self._before
         if (grown := held - self._before) > self._most_growth_bytes:
             self._raise(f"has taken {format_bytes(grown)} of memory")
-        elif time.monotonic() - self._began > self._limit_s:
-            self._raise(f"has run for {self._limit_s:g} s")
 
     def _raise(self, reason: str) -> None:
         with self._lock:
@@ -117,7 +118,7 @@ class _Watchman:
                     self._awake = False
                     return
             for watch in watches:
-                with suppress(psutil.Error):
+                with suppress(Exception):  # without this thread nothing would end a template any more
                     watch.look()
 
 

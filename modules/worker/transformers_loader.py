@@ -229,8 +229,9 @@ def load_kwargs(order: LoadOrder, device: DeviceFacts, facts: ModelFacts) -> Loa
     config = quantization.quantization_config(order, stored, device, spills(order, device))
     if config is not None:
         kwargs["quantization_config"] = config
-    if quantizes and device.gpus == 0 and (options.disk or options.cpu_memory):
-        notes = (*notes, "disk and cpu-memory have no effect on layers that are quantized on a CPU.")
+    if quantizes and device.gpus == 0 and options.cpu_memory and not order.device_map:  # a plan has kept to it
+        notes = (*notes, "Loaded without a plan, layers that are quantized on a CPU take what RAM they need: "
+                 "cpu-memory has no effect.")  # fmt: skip
     return LoadArguments(kwargs, notes)
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from modules.errors import AdapterError
+from modules.protocol import AdapterChoice
+from modules.worker.adapters import adapters, files
 from tests import checkpoints, loras
 from tests.worker.adapted import Adapted, load, logits
 
@@ -123,6 +126,75 @@ def test_what_cannot_be_scaled_or_mixed_is_refused(tmp_path: Path) -> None:
     one.adapters.apply((plain, whole))
     one.adapters.apply((loha,))
     assert one.adapters.active == (loha,)
+
+
+def test_a_lora_with_tokens_of_its_own_leaves_others_alone(tmp_path: Path) -> None:
+    one, base = load(checkpoints.llama(), tmp_path), checkpoints.llama()
+    plain = loras.choice(loras.untrained(tmp_path / "plain", base))
+    third = loras.choice(loras.untrained(tmp_path / "third", base, seed=3))
+    folder = loras.untrained(tmp_path / "tokens", base, seed=1, trainable_token_indices=[5, 17, 3])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: (-tensor if "token" in name else tensor) for name, tensor in tensors.items()}, file)
+    tokens = loras.choice(folder)
+    one.adapters.apply((plain,))
+    alone = one.logits()
+    one.adapters.apply((tokens,))
+    assert torch.equal(one.logits(), by_peft(one, checkpoints.llama, folder))
+    one.adapters.apply((plain,))
+    assert torch.equal(one.logits(), alone)
+    one.adapters.apply((plain, third, tokens))
+    assert not torch.equal(one.logits(), alone)
+    with one.unchanged(), one.adapters.using((plain, third)):
+        assert one.text()
+    with one.unchanged(), pytest.raises(AdapterError, match="embed_tokens, which no weight can scale"):
+        one.adapters.apply((loras.choice(folder, 0.5), plain))
+    other = loras.choice(loras.untrained(tmp_path / "other", base, seed=2, trainable_token_indices=[9]))
+    with one.unchanged(), pytest.raises(AdapterError, match="both replace embed_tokens"):
+        one.adapters.apply((tokens, other))
+    one.adapters.apply((plain,))
+    assert torch.equal(one.logits(), alone)
+
+
+def test_idle_loras_go_one_with_tokens_of_its_own_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, base = load(checkpoints.llama(), tmp_path), checkpoints.llama()
+    plain, third = (loras.choice(loras.untrained(tmp_path / f"{seed}", base, seed=seed)) for seed in (0, 1))
+    tokens = loras.choice(loras.untrained(tmp_path / "tokens", base, seed=2, trainable_token_indices=[5, 17]))
+    one.adapters.apply((plain, third, tokens))
+    expected = one.logits()
+    monkeypatch.setattr(adapters, "KEPT_BYTES", 0)
+    one.adapters.apply((plain, third))
+    one.adapters.apply((plain, third, tokens))
+    assert torch.equal(one.logits(), expected)
+
+
+def test_a_lora_too_large_to_be_kept_is_read_once_for_an_answer_in_many_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, base = load(checkpoints.llama(), tmp_path), checkpoints.llama()
+    large, other = (loras.choice(loras.untrained(tmp_path / f"{seed}", base, seed=seed)) for seed in (0, 1))
+    reads: list[str] = []
+
+    def read(choice: AdapterChoice) -> files.AdapterFiles:
+        reads.append(choice.name)
+        return files_read(choice)
+
+    files_read = files.read
+    monkeypatch.setattr(files, "read", read)
+    monkeypatch.setattr(adapters, "KEPT_BYTES", 0)
+    for _ in range(3):  # others have their turns in between
+        for choices in ((large,), (), None):
+            with one.adapters.using(choices):
+                one.logits()
+    assert reads == ["0"]
+    for choices in ((other,), (large,)):  # no two of them are kept
+        with one.adapters.using(choices):
+            one.logits()
+    assert reads == ["0", "1", "0"]
+    one.adapters.apply(())  # whoever takes the LoRAs off gets the memory back
+    with one.adapters.using((large,)):
+        one.logits()
+    assert reads == ["0", "1", "0", "0"]
 
 
 def test_a_lora_that_does_nothing_is_told_of(tmp_path: Path) -> None:

@@ -196,3 +196,15 @@ def test_a_failure_in_the_midst_is_taken_back(
     monkeypatch.undo()
     one.adapters.apply((loras.choice(good), loras.choice(folder)))  # it had nothing of its own
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_lora_that_makes_the_model_compute_no_numbers_is_refused(one: Adapted, good: Path, tmp_path: Path) -> None:
+    folder = checkpoints.copied(good, tmp_path / "huge")
+
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = torch.full_like(tensor, 1e30)
+
+    rewrite(grow)(folder)
+    with one.unchanged(), pytest.raises(AdapterError, match="no numbers"):
+        one.adapters.apply((loras.choice(folder),))

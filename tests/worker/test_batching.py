@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from modules.errors import LoadFailed, OptionError, OutOfMemory, RequestTooLong
+from modules.errors import InternalError, OptionError, OutOfMemory, RequestTooLong
 from modules.protocol import Done, GenerateOrder, Piece, Shape, Waiting
 from modules.worker.batching import scheduler
 from modules.worker.batching.choosing import drawn, key_of
@@ -193,7 +193,8 @@ def test_an_order_that_fails_fails_alone(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory), (RuntimeError("odd"), LoadFailed)]
+    ("error", "kind"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory), (RuntimeError("odd"), InternalError)],
 )
 def test_a_step_that_fails_fails_those_in_it_and_leaves_the_model_usable(
     desk: Desk, error: Exception, kind: type[Exception]
@@ -214,7 +215,7 @@ def test_a_prompt_that_fails_fails_alone(desk: Desk) -> None:
     desk.together(orders)
     with at_call(desk, 2, RuntimeError("odd")):
         told = desk.together(orders)
-    assert isinstance(told[1].error, LoadFailed)
+    assert isinstance(told[1].error, InternalError)
     assert texts([told[0], told[2]]) == by_transformers(desk, [orders[0], orders[2]])
 
 

@@ -1,20 +1,22 @@
-"""Streams of token ids into text: the pieces joined are what decoding everything at once gives."""
+"""Streams of token ids into text: the pieces joined are what decoding everything at once gives beyond the prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from modules.worker.decoding import StopText, TextStream
+from modules.worker.decoding import StopText, TextStream, common
+from modules.worker.tokenizer import SentencePieceTokenizer
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(
     [
@@ -54,8 +56,8 @@ def byte_fallback() -> Any:
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same kind by the SentencePiece library: a slow tokenizer."""
+def vocabulary_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SentencePiece model of a few words and all bytes."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     lines = [f"the quick brown fox jumps over the lazy dog 你好 世界 {number}" for number in range(200)]
     with (folder / "tokenizer.model").open("wb") as file:
@@ -68,11 +70,34 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Any:
             model_type="bpe",
             minloglevel=2,
         )
-    return SentencePieceBackend(vocab_file=str(folder / "tokenizer.model"), unk_token="<unk>", eos_token="</s>")
+    return str(folder / "tokenizer.model")
 
 
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    stream = TextStream(tokenizer)
+@pytest.fixture(scope="module")
+def slow(vocabulary_file: str) -> Any:
+    """The same kind by the SentencePiece library: a slow tokenizer."""
+    return SentencePieceBackend(vocab_file=vocabulary_file, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def slow_with_bytes(vocabulary_file: str) -> Any:
+    """The same as it is loaded without use_fast."""
+    return SentencePieceTokenizer(
+        vocab_file=vocabulary_file, unk_token="<unk>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+class Windowed:
+    """A fast tokenizer without the stream of the tokenizers library."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.decode = tokenizer.decode
+
+
+def pieces(tokenizer: Any, ids: list[int], before: list[int] | None = None) -> list[str]:
+    stream = TextStream(tokenizer, before or [])
     return [*[stream.push(token) for token in ids], stream.finish()]
 
 
@@ -80,25 +105,97 @@ def whole(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def beyond(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+    """What ``ids`` add to the text of ``before``, or of its whole characters where it leaves one unfinished."""
+    both = whole(tokenizer, before + ids)
+    fronts = (whole(tokenizer, before[:count]) for count in range(max(0, len(before) - 3), len(before) + 1))
+    return both[max(common(front, both) for front in fronts) :]
+
+
+def check(tokenizer: Any, ids: list[int], data: st.DataObject, most: int | None = None) -> None:
+    """The first ids are a prompt, any number of them, or ``most``; by both roads."""
+    at = data.draw(st.integers(0, len(ids) if most is None else most), "ids of prompt")
+    expected = beyond(tokenizer, ids[:at], ids[at:])
+    assert "".join(pieces(tokenizer, ids[at:], ids[:at])) == expected
+    assert "".join(pieces(Windowed(tokenizer), ids[at:], ids[:at])) == expected
+
+
+@settings(deadline=None)  # cores are shared
 @given(st.data())
 def test_any_tokens_of_a_byte_level_tokenizer(byte_level: Any, data: st.DataObject) -> None:
     few = st.integers(0, 300)  # the special tokens and single bytes: mostly no characters
-    ids = data.draw(st.lists(few | st.integers(0, len(byte_level) - 1), max_size=40))
-    assert "".join(pieces(byte_level, ids)) == whole(byte_level, ids)
+    check(byte_level, data.draw(st.lists(few | st.integers(0, len(byte_level) - 1), max_size=40)), data)
 
 
-@given(st.data())
-def test_any_tokens_of_a_slow_tokenizer(slow: Any, data: st.DataObject) -> None:
-    ids = data.draw(st.lists(st.integers(0, len(slow) - 1), max_size=40))
-    assert "".join(pieces(slow, ids)) == whole(slow, ids)
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "slow"])
-@given(text=TEXTS)
-def test_text_comes_in_whole_characters(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("kind", ["slow", "slow_with_bytes"])
+@settings(deadline=None)  # cores are shared
+@given(data=st.data())
+def test_any_tokens_of_a_slow_tokenizer(kind: str, data: st.DataObject, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    ids = tokenizer(text).input_ids
-    assert "".join(pieces(tokenizer, ids)) == whole(tokenizer, ids)
+    check(tokenizer, data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=40)), data)
+
+
+KINDS = ["byte_level", "byte_fallback", "slow", "slow_with_bytes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)  # cores are shared
+@given(text=TEXTS, data=st.data())
+def test_text_comes_in_whole_characters(
+    kind: str, text: str, data: st.DataObject, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    # With byte fallback a cut amidst U+FFFD itself leaves open what of it the prompt shows.
+    check(tokenizer, tokenizer(text).input_ids, data, 0 if kind == "byte_fallback" and "\ufffd" in text else None)
+
+
+@settings(deadline=None)  # cores are shared
+@given(parts=st.lists(st.sampled_from(["▁", "▁the", "▁n", "n", "▁你", "</s>", "🤖", "ü"])), data=st.data())
+def test_words_and_bytes_of_a_tokenizer_with_byte_fallback(
+    byte_fallback: Any, parts: list[str], data: st.DataObject
+) -> None:
+    known = byte_fallback.get_vocab()
+    each = [[known[part]] if part in known else byte_fallback(part).input_ids for part in parts]
+    check(byte_fallback, [token for ids in each for token in ids], data)
+
+
+@pytest.mark.parametrize("road", [lambda tokenizer: tokenizer, Windowed])
+def test_what_goes_on_with_a_text_keeps_its_first_blank(byte_fallback: Any, road: Callable[[Any], Any]) -> None:
+    the, n, end = byte_fallback.convert_tokens_to_ids(["▁the", "▁n", "</s>"])
+    robot, tokenizer = byte_fallback("🤖").input_ids, road(byte_fallback)
+    assert pieces(tokenizer, [the, n]) == ["the", " n", ""]  # an answer's first
+    assert pieces(tokenizer, [the, n], [n]) == [" the", " n", ""]
+    assert pieces(tokenizer, [the], [n, *[end] * 20]) == [" the", ""]  # special tokens are no text
+    assert pieces(tokenizer, [the], [end]) == ["the", ""]
+    assert pieces(tokenizer, [robot[3], the], [n, *robot[:3]]) == ["🤖", " the", ""]
+    assert pieces(tokenizer, [the], [n, *robot[:3]]) == [" the", ""]  # never a character
+    assert pieces(tokenizer, [the], [n, *robot * 30]) == [" the", ""]
+    assert pieces(tokenizer, [the], byte_fallback("n\ufffd").input_ids) == [" the", ""]
+    assert pieces(tokenizer, [*robot, the], robot * 30) == ["", "", "", "🤖", " the", ""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_of_single_tokens_joined_are_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer(" the  n the n", add_special_tokens=False).input_ids
+    if kind == "byte_fallback":  # it has no merges
+        ids = tokenizer.convert_tokens_to_ids(["▁", "▁the", "▁", "▁n", "▁the", "n"])
+    fronts: list[list[int]] = [[], ids]
+    for before in fronts:
+        stream, joined, told = TextStream(tokenizer, before), "", ""
+        for token in ids:
+            alone, other = stream.texts([token, ids[0]])
+            assert alone == other or token != ids[0]
+            told, joined = told + alone, joined + stream.push(token)
+        assert told == joined + stream.finish() == beyond(tokenizer, before, ids)
+
+
+def test_the_text_of_a_token_that_has_none_of_its_own(byte_fallback: Any) -> None:
+    the, n, byte, end = byte_fallback.convert_tokens_to_ids(["▁the", "▁n", "<0xF0>", "</s>"])
+    stream = TextStream(byte_fallback, [the])
+    assert stream.texts([n, byte, end]) == [" n", "\ufffd", "</s>"]
+    stream.push(byte)
+    assert stream.texts([n, byte]) == [" n", "\ufffd"]
 
 
 @given(st.data())

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modules.embeddings import EMBED, Embedded, EmbedOrder, Input
-from modules.errors import OptionError, RequestTooLong, UnsupportedModel
-from modules.protocol import Failed, decode, encode
+from modules.errors import OptionError, OutOfMemory, RequestTooLong, UnsupportedModel
+from modules.protocol import Done, Failed, Progress, decode, encode
 from modules.worker import embedding, transformers_loader
-from tests import checkpoints
+from modules.worker.adapters import Adapters
+from modules.worker.engine import Engine
+from tests import checkpoints, loras
 from tests.conftest import StartWorker, WorkerProcess
+from tests.worker import batches
 
 TEXTS = ("a herring", "The quick brown fox jumps over the lazy dog. " * 3, "b", "Two words more", "a herring")
 
@@ -121,3 +127,74 @@ def test_the_process_answers_with_the_same_and_refuses_by_name(worker: WorkerPro
     *_, last = worker.post(EMBED, EmbedOrder((Input("again"),))).content.splitlines()
     assert isinstance(decode(last), Embedded)
     assert encode(decode(last)).strip() == last
+
+
+def test_answers_go_on_and_new_ones_begin_while_texts_are_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "BATCH_TOKENS", 4)
+    desk = batches.Desk(batches.tiny_llama(), tmp_path, ctx_tokens=1024, max_batch=8, batch_tokens=4096)
+    desk.adapters = Adapters(desk.loaded.model, desk.loaded.tokenizer, desk.loaded.order)
+    desk.adapters.apply((loras.choice(loras.untrained(tmp_path / "active", batches.tiny_llama())),))
+    own = (loras.choice(loras.untrained(tmp_path / "own", batches.tiny_llama())),)
+    orders = [batches.order(0, 300), batches.order(1, 2)]
+    alone = [one.text for one in desk.alone(orders)]
+    with desk.adapters.using(own):
+        wanted = embedded(desk.loaded, *map(Input, TEXTS))[0]
+    engine = Engine()
+    engine.take_turns(desk.scheduler)
+    long = desk.ask(orders[0])
+    engine.wake()
+    engine._once()
+    told: list[Any] = []
+    asked = EmbedOrder(tuple(map(Input, TEXTS)), own)
+    embedding.embed(desk.loaded, asked, desk.adapters.using, engine, told.append, threading.Event())
+    short = desk.ask(orders[1])
+    while not (told and isinstance(told[-1], Embedded)):
+        engine._once()
+    assert short.done.completion_tokens == 2
+    assert long.pieces
+    assert not isinstance(long.chunks[-1], Done)  # both came while this one was under way
+    while not isinstance(long.chunks[-1], Done):
+        engine._once()
+    assert [long.text, short.text] == alone  # with the active set, whose place the other took in between
+    assert told[-1] == wanted
+
+
+def test_where_there_is_no_room_beside_answers_it_is_done_after_them(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    engine = Engine()
+    told: list[Any] = []
+    seen: list[Any] = []
+    full: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")] * 3
+    forward = loaded.model.base_model.register_forward_pre_hook(lambda *_: _raise(full))
+
+    def submit(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return Engine.submit(engine, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "submit", submit)
+
+    def ask() -> Any:
+        told.clear()
+        inputs = EmbedOrder(tuple(map(Input, TEXTS)))
+        embedding.embed(loaded, inputs, lambda _: nullcontext(), engine, told.append, threading.Event())
+        while not told or isinstance(told[-1], Progress):
+            engine._once()
+        return told[-1]
+
+    try:
+        assert isinstance(ask().error, OutOfMemory)  # alone there is none either
+        assert isinstance(ask(), Embedded)
+    finally:
+        forward.remove()
+    assert len(seen) == 2
+    assert told[-1] == embedded(loaded, *map(Input, TEXTS))[0]
+
+
+def _raise(errors: list[Exception]) -> None:
+    if errors:
+        raise errors.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import warnings
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config, T5ForConditionalGeneration
 
-from modules.errors import LoadFailed, OutOfMemory, RequestTooLong
+from modules.errors import InternalError, OptionError, OutOfMemory, RequestTooLong
 from modules.options import GenerationOptions
 from modules.protocol import ChatMessages, Chunk, Done, Failed, GenerateOrder, LoadOrder, Piece, Shape
 from modules.worker.generation import generate
@@ -199,6 +201,24 @@ def test_dropped_messages_are_told(loaded: LoadedHere) -> None:
     messages = tuple({"role": role, "content": "word " * 40} for role in ("user", "assistant", "user"))
     _, done = answer(narrow, GenerateOrder(options(4), messages))
     assert done.dropped_messages == 2
+    assert done.left_out == "of the oldest, 2 messages did not fit"
+
+
+def test_what_was_cut_from_a_raw_prompt_is_told(loaded: LoadedHere) -> None:
+    narrow = dataclasses.replace(loaded, order=dataclasses.replace(loaded.order, ctx_tokens=128))
+    _, done = answer(narrow, GenerateOrder(options(4), prompt="word " * 300))
+    whole = len(loaded.tokenizer("word " * 300).input_ids)
+    assert done.dropped_tokens == whole - done.prompt_tokens > 0
+    assert done.left_out == f"of the front, {done.dropped_tokens} tokens did not fit"
+    _, done = answer(loaded, GenerateOrder(options(4), prompt="word " * 300))
+    assert (done.dropped_tokens, done.left_out) == (0, "")
+
+
+def test_what_was_cut_from_a_long_raw_prompt_is_told_in_hundreds(loaded: LoadedHere) -> None:
+    narrow = dataclasses.replace(loaded, order=dataclasses.replace(loaded.order, ctx_tokens=128))
+    _, done = answer(narrow, GenerateOrder(options(4), prompt="word " * 50_000))
+    whole = len(loaded.tokenizer("word " * 50_000).input_ids)
+    assert done.dropped_tokens == pytest.approx(whole - done.prompt_tokens, rel=0.05)
 
 
 def test_what_does_not_fit_fails_before_the_model_is_asked(loaded: LoadedHere) -> None:
@@ -215,6 +235,23 @@ def test_the_last_message_is_continued(loaded: LoadedHere) -> None:
     messages = (*QUESTION, {"role": "assistant", "content": "One, two, three, four,"})
     text, _ = answer(loaded, GenerateOrder(options(8), messages, continue_last=True))
     assert text.startswith(" five")
+
+
+def test_only_what_goes_on_with_a_text_begins_with_the_blank_that_the_decoder_takes_away(
+    loaded: LoadedHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strip = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # Llama 2's
+    monkeypatch.setattr(loaded.tokenizer.backend_tokenizer, "decoder", strip)
+    assert loaded.tokenizer.decode(loaded.tokenizer(" five").input_ids) == "five"
+    text, tokens = told(loaded, "never")
+    assert text.startswith(" five")
+    assert "".join(tokens) == text
+    ids = tuple(loaded.tokenizer(COUNTING).input_ids)
+    assert answer(loaded, GenerateOrder(options(8), prompt_ids=ids))[0].startswith(" five")
+    begun = (*QUESTION, {"role": "assistant", "content": COUNTING})
+    assert answer(loaded, GenerateOrder(options(8), begun, continue_last=True))[0].startswith(" five")
+    blank = Shape(logit_bias={str(loaded.tokenizer(" five").input_ids[0]): 100.0})
+    assert answer(loaded, GenerateOrder(options(2), QUESTION, shape=blank))[0] == "five five"
 
 
 def test_without_a_template_the_answer_ends_before_the_next_question(
@@ -240,7 +277,8 @@ def test_an_encoder_decoder_gets_the_prompt_in_its_encoder(encoder_decoder: Load
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory), (RuntimeError("odd"), LoadFailed)]
+    ("error", "kind"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory), (RuntimeError("odd"), InternalError)],
 )
 def test_a_generation_that_fails_leaves_the_model_usable(
     loaded: LoadedHere, error: Exception, kind: type[Exception]
@@ -275,6 +313,15 @@ def told(loaded: LoadedHere, stop: str, count: int = 12) -> tuple[str, list[str]
 
 
 COUNTING = "One, two, three, four,"
+
+
+def test_a_token_that_the_tokenizer_alone_knows_is_refused(loaded: LoadedHere) -> None:
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_tokens("[MADE-UP]")
+    with_more = LoadedHere(loaded.model, tokenizer, loaded.order)
+    error = failure(with_more, GenerateOrder(options(8), prompt="Hello [MADE-UP] there"))
+    assert isinstance(error, OptionError)
+    assert str(len(tokenizer) - 1) in error.message
 
 
 def test_log_probabilities_end_where_a_stop_cuts_the_text(loaded: LoadedHere) -> None:

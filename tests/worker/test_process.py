@@ -40,3 +40,9 @@ def test_what_is_freed_while_loading_goes_back_and_is_kept_while_answering() -> 
     inside, afterwards = json.loads(done.stdout)
     assert inside > 90 * MIB
     assert afterwards < 20 * MIB
+
+
+def test_a_worker_starts_where_python_has_no_posix_modules() -> None:
+    """As on Windows: every process that speaks the protocol imports this one."""
+    hidden = "import psutil, sys; sys.modules['resource'] = sys.modules['fcntl'] = None; "
+    subprocess.run([sys.executable, "-c", hidden + "import modules.worker.process"], check=True, cwd=ROOT)

@@ -97,6 +97,24 @@ def test_a_raw_prompt_stands_as_it_is(tokenizer: Any) -> None:
     assert maker.prompt(GenerateOrder(GenerationOptions())).ids == [tokenizer.bos_token_id]
 
 
+@pytest.mark.parametrize("template", ["", None])
+def test_raw_prompts_and_continued_messages_are_texts_that_the_answer_goes_on_with(
+    tokenizer: Any, template: str | None
+) -> None:
+    def continues(task: Task, *texts: str, **order: Any) -> bool:
+        asked = GenerateOrder(GenerationOptions(), chat(*texts), **order)
+        return prompter(tokenizer, template, task=task).prompt(asked).continues
+
+    for whole in (False, True):
+        assert continues("causal", prompt="Once", whole=whole)
+        assert continues("causal", prompt_ids=(300,), whole=whole)
+        assert continues("causal", "Count.", "One,", continue_last=True, whole=whole)
+        assert not continues("causal", "Count.", whole=whole)
+        assert not continues("causal", "Count.", "", continue_last=True, whole=whole)  # not yet begun
+        assert not continues("seq2seq", prompt="Once", whole=whole)  # a decoder begins a text of its own
+        assert not continues("seq2seq", "Count.", "One,", continue_last=True, whole=whole)
+
+
 def test_the_oldest_turns_are_left_out_and_counted(tokenizer: Any) -> None:
     texts = [f"{'question' if at % 2 == 0 else 'answer'} {at} " + "word " * 30 for at in range(41)]
     messages = chat(*texts, system="Be brief.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from modules import packages
+from modules.checkpoint import OTHER_QUANTIZATIONS, QUANTIZATIONS
 from modules.devices import cpu_bf16
 from modules.errors import MissingPackage, OptionConflict, UnsupportedModel, WrongResult
-from modules.protocol import Progress
+from modules.options import LoadOptions
+from modules.protocol import LoadOrder, Progress
 from modules.worker import quantization, transformers_loader
 from modules.worker.placement import GIB, DeviceFacts
-from tests import checkpoints
+from tests import checkpoints, planner_checkpoints
 
 CONVERTED = 106_168_320  # parameters of the demo model's 210 linear layers that bitsandbytes converts
 REST_PARAMETERS = 28_346_688  # what is not converted: the tied embedding and the norms
@@ -145,26 +149,35 @@ def test_another_compute_dtype_is_noticed(tmp_path: Path) -> None:
         quantization.verify(result.model, result.order, transformers_loader.device_facts(result.order))
 
 
-def with_quantization(folder: Path, method: str) -> Path:
-    """A copy of a plain checkpoint whose config.json claims to be quantized by ``method``."""
-    checkpoints.copied(checkpoints.llama(), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_a_missing_package_is_named_with_the_line_to_run(tmp_path: Path) -> None:
     assert packages.missing("aqlm"), "this test needs a quantization package that is not installed"
     with pytest.raises(MissingPackage, match="aqlm") as caught:
-        load(with_quantization(tmp_path / "model", "aqlm"), tmp_path, quantization="aqlm")
+        load(planner_checkpoints.quantized_by("aqlm", tmp_path / "model"), tmp_path, quantization="aqlm")
     assert caught.value.hint == f"Run: {packages.install_line('aqlm')}"
 
 
 def test_an_unknown_quantization_is_refused(tmp_path: Path) -> None:
     """transformers would leave the packed weights out with a warning, and load noise."""
     with pytest.raises(UnsupportedModel, match="'crunch'"):
-        load(with_quantization(tmp_path / "model", "crunch"), tmp_path, quantization="crunch")
+        load(planner_checkpoints.quantized_by("crunch", tmp_path / "model"), tmp_path, quantization="crunch")
+
+
+@pytest.mark.parametrize("quantization_", ["", "awq"])
+def test_a_quantization_without_a_name_is_refused(quantization_: str) -> None:
+    order = LoadOrder("old", "", "safetensors", "causal", quantization_, LoadOptions(), 256, "", "")
+    with pytest.raises(UnsupportedModel, match="old"):
+        quantization.check_available(order, {"group_size": 64, "bits": 4})
+
+
+def test_what_is_said_to_be_read_is_what_transformers_reads() -> None:
+    script = (
+        "import json; from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known; "
+        "print(json.dumps(list(known)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    known = {"bitsandbytes" if name.startswith("bitsandbytes_") else name for name in json.loads(done.stdout)}
+    assert known == QUANTIZATIONS
+    assert QUANTIZATIONS.isdisjoint(OTHER_QUANTIZATIONS)
 
 
 @needs_gptqmodel

@@ -9,6 +9,7 @@ import torch
 
 from modules.errors import OptionError
 from modules.protocol import Shape
+from modules.worker.decoding import TextStream
 from modules.worker.shaping import Shaping
 from modules.worker.tools import TAGGED
 
@@ -26,7 +27,8 @@ class Letters:
 
 def shaping(repetition_penalty: float = 1.0, **shape: Any) -> Shaping:
     end = frozenset({3})
-    return Shaping(Shape(**shape), Letters(), end, None, lambda: False, repetition_penalty)
+    texts = TextStream(Letters()).texts
+    return Shaping(Shape(**shape), Letters(), end, None, lambda: False, texts, repetition_penalty)
 
 
 def after(one: Shaping, tokens: list[int]) -> list[float]:
@@ -72,4 +74,4 @@ def test_a_schema_that_cannot_be_used_is_told_by_the_parameter_that_brought_it()
         (Shape(tools=tools, tool_choice="required"), "tools: the schema"),
     ):
         with pytest.raises(OptionError, match=f"{words} cannot be used: .*nowhere"):
-            Shaping(shape, Letters(), frozenset({3}), TAGGED, lambda: False)
+            Shaping(shape, Letters(), frozenset({3}), TAGGED, lambda: False, TextStream(Letters()).texts)

@@ -95,6 +95,16 @@ def test_one_thread_looks_after_all_templates_and_leaves_when_none_comes(monkeyp
         wait_until(lambda: watching() == 0)
 
 
+def test_templates_are_ended_also_where_the_memory_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("psutil.Process", refuse)
+    for _ in range(2):
+        with pytest.raises(BrokenTemplate, match="has run for"):
+            bounded(lambda: [None for _ in iter(lambda: 0, 1)], 0.3)
+
+
 def test_what_ends_in_time_is_never_hit_late() -> None:
     """At the very moment of the limit, by many threads: each gets its value or its error, and nothing afterwards."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -148,6 +149,14 @@ def test_the_kwargs_are_a_pure_function_of_order_and_facts() -> None:
     assert first.kwargs["local_files_only"] is True
     assert first.kwargs["trust_remote_code"] is False
     assert set(first.kwargs["max_memory"]) == {0}
+
+
+def test_that_cpu_memory_does_nothing_is_said_only_where_no_plan_keeps_to_it() -> None:
+    facts = ModelFacts(checkpoints.llama_config(), "bfloat16", elements=10**9)
+    order = checkpoints.order_for(Path("m"), Path("w"), load_in_4bit=True, cpu_memory=4.0)
+    planned = dataclasses.replace(order, device_map={"": "cpu"})
+    unplanned, kept = (load_kwargs(one, DeviceFacts(), facts).notes for one in (order, planned))
+    assert set(unplanned) - set(kept) == {note for note in unplanned if "cpu-memory has no effect" in note} != set()
 
 
 def test_the_context_counts_in_what_auto_devices_leaves_free(demo_model: Path) -> None:

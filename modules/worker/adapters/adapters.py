@@ -36,7 +36,7 @@ class Attached:
     path: str
     fingerprint: Fingerprint
     kind: str
-    replaces: frozenset[str]  # modules that it brings whole (modules_to_save)
+    replaces: frozenset[str]  # modules of which it brings weights of its own: all of them, or those of some tokens
     size_bytes: int
 
 
@@ -56,6 +56,7 @@ class Adapters:
         self._attached: OrderedDict[tuple[str, Fingerprint], Attached] = OrderedDict()  # the latest used is the last
         self._count = 0
         self._active: Set = ()
+        self._used: Set = ()  # by the last answer with LoRAs of its own
         self.active: tuple[AdapterChoice, ...] = ()
 
     def apply(self, choices: tuple[AdapterChoice, ...]) -> AdaptersReport:
@@ -70,7 +71,7 @@ class Adapters:
         except Exception as error:
             self._switch(self._active)
             raise self._typed(error) from error
-        self._active, self.active = wanted, choices
+        self._active, self.active, self._used = wanted, choices, ()
         self._forget_old()
         return AdaptersReport(choices, moved, round(time.perf_counter() - started, 4), _notes(choices, moved))
 
@@ -83,6 +84,7 @@ class Adapters:
         wanted = self._resolved(choices)
         try:
             self._switch(wanted)
+            self._used = wanted or self._used
             yield
         finally:
             self._switch(self._active)
@@ -122,20 +124,22 @@ class Adapters:
         self._count += 1
         key = f"adapter{self._count}"
         size = wrapping.add(adapter, key)
-        saved = frozenset(getattr(adapter.config, "modules_to_save", None) or ())
-        attached = Attached(key, choice.path, adapter.fingerprint, adapter.kind, saved, size)
+        replaces = wrapping.replaced(adapter, key)
+        attached = Attached(key, choice.path, adapter.fingerprint, adapter.kind, replaces, size)
         self._attached[choice.path, adapter.fingerprint] = attached
         log.info("%s: the LoRA %s is attached (%d bytes)", self._order.name, choice.name, size)
         return attached
 
     def _forget_old(self) -> None:
-        """Free what exceeds the bounds, the longest unused first; never what is active."""
+        """Free what exceeds the bounds, the longest unused first; never what is active, nor what was used last: an
+        answer in many turns would have it read again for each of them."""
         active = {attached.key for attached, _ in self._active}
         idle = [item for item in reversed(self._attached.items()) if item[1].key not in active]
+        used = {attached.key for attached, _ in self._used}
         kept_bytes = 0
         for place, (found, attached) in enumerate(idle):
             kept_bytes += attached.size_bytes
-            if place >= KEPT or kept_bytes > KEPT_BYTES:
+            if attached.key not in used and (place >= KEPT or kept_bytes > KEPT_BYTES):
                 del self._attached[found]
                 self._remove(attached)
         self._show_active()
@@ -226,8 +230,8 @@ def _check_mix(choices: tuple[AdapterChoice, ...], found: list[tuple[Attached, f
             )
         if attached.replaces and choice.weight != 1:
             raise AdapterError(
-                f"{choice.name} replaces whole modules ({', '.join(sorted(attached.replaces))}), which no weight can "
-                f"scale: {choice.weight:g} was asked for.",
+                f"{choice.name} replaces weights of {', '.join(sorted(attached.replaces))}, which no weight can scale: "
+                f"{choice.weight:g} was asked for.",
                 "Give it the weight 1, or 0.",
             )
         for module in attached.replaces:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from modules.errors import AdapterError
 from modules.protocol import Task
 
 PROMPT = "Question: What should I know about the harbour of Marseille?\nAnswer: It is"
@@ -28,12 +29,20 @@ class Proof:
 
     def moved_nats(self) -> float:
         """The Kullback-Leibler divergence of the model's next-token distribution as it is now from the base's,
-        KL(base ‖ now), as the mean over the positions of :data:`PROMPT`; 0 = equal to the bit."""
+        KL(base ‖ now), as the mean over the positions of :data:`PROMPT`; 0 = equal to the bit.
+
+        Raises AdapterError where the model predicts nothing any more, and did before: its numbers have overflowed.
+        """
         if self._base is None:
             raise AssertionError("the base was not measured")
         now = self._log_probabilities()
         if torch.equal(now, self._base):
             return 0.0
+        if now.isnan().any() and not self._base.isnan().any():
+            raise AdapterError(
+                "With these LoRAs the model computes no numbers any more: they are too large for its precision.",
+                "Give them less weight, or load the model in bfloat16 or float32.",
+            )
         divergence = torch.nn.functional.kl_div(now, self._base, reduction="none", log_target=True).sum(-1).mean()
         return max(0.0, float(divergence))
 

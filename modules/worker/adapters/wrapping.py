@@ -11,7 +11,9 @@ import torch
 from peft import PeftConfig
 from peft.functional import delete_adapter, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TrainableTokensWrapper
 
 from modules.errors import AdapterMismatch
 from modules.worker.adapters import packing
@@ -68,9 +70,22 @@ class Wrapping:
         """Let the adapters of these keys act, each times its weight, with the layers in the model."""
         set_adapter(self._model, list(weights), inference_mode=True)
         for layer in self._layers():
+            if isinstance(layer, TrainableTokensLayer):
+                # peft 0.21 lets adapters act here that have no tokens, and fails in the model's next call.
+                layer.set_adapter([key for key in weights if key in layer.token_indices], inference_mode=True)
             for key, weight in weights.items():
                 if hasattr(layer, "set_scale"):
                     layer.set_scale(key, weight)
+
+    def replaced(self, adapter: AdapterFiles, key: str) -> frozenset[str]:
+        """Of which modules this attached adapter replaces weights, all or those of some tokens: no weight scales it."""
+        of_tokens = {
+            name.rpartition(".")[2]
+            for name, wrapper in self._wrappers.items()
+            for layer in _tuner_layers(wrapper)
+            if isinstance(layer, TrainableTokensLayer) and key in layer.token_indices
+        }
+        return frozenset(getattr(adapter.config, "modules_to_save", None) or ()) | of_tokens
 
     # --- attaching ---
 
@@ -82,7 +97,8 @@ class Wrapping:
                 _allocate(layer, key)
             # Without the prefix that a PeftModel would have, which wrappers of whole modules do not expect here.
             tensors = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors().items()}
-            result = set_peft_model_state_dict(self._model, tensors, adapter_name=key)
+            with _tokens_of_others_passed_over(self._model, key):
+                result = set_peft_model_state_dict(self._model, tensors, adapter_name=key)
         finally:
             del self._model.peft_config
         _check_all_is_there(adapter, key, result, self._model)
@@ -133,6 +149,20 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _tokens_of_others_passed_over(model: Any, key: str) -> Iterator[None]:
+    """Let an adapter without tokens of its own be read where another has some: peft 0.21 looks for them in its file."""
+    wrappers = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
+    passed_over = [wrapper for wrapper in wrappers if key not in wrapper.token_adapter.token_indices]
+    for wrapper in passed_over:
+        wrapper.adapter_state_dict_load_map = lambda _: {}
+    try:
+        yield
+    finally:
+        for wrapper in passed_over:
+            del wrapper.adapter_state_dict_load_map
 
 
 def _put(model: Any, modules: Mapping[str, Any]) -> None:

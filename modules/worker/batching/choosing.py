@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from modules.errors import InternalError
 from modules.options import GenerationOptions
 from modules.worker.generation import Answer
 
@@ -77,6 +78,26 @@ class Chooser:
         if self._processors:
             self._ids = torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=-1)
         return token
+
+
+def likeliest(scores: torch.Tensor, wanted: bool) -> list[int]:
+    """The likeliest token of each row, taken from the device at once; -1 for a row whose scores are no numbers.
+
+    ``scores``: rows × vocabulary. Not ``wanted``: any token for the others, since amax, which finds NaN too, takes
+    a twentieth of argmax's time on a CPU.
+    """
+    best = scores.amax(dim=-1)
+    tokens = scores.argmax(dim=-1) if wanted else torch.zeros_like(best, dtype=torch.long)
+    found: list[int] = tokens.where(best.isfinite(), -1).tolist()
+    return found
+
+
+def no_numbers(name: str) -> InternalError:
+    """What an answer ends with whose scores are NaN or infinite: any choice from them would be junk."""
+    return InternalError(
+        f"{name} computes no numbers for the next token: they have grown too large for its precision.",
+        "Load it with --bf16 where it runs in float16, and check the LoRAs and their weights.",
+    )
 
 
 def _first_narrowing(processors: list[Any]) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
 from transformers import GenerationConfig
 
+from modules.errors import OutOfMemory
 from modules.protocol import AdapterChoice, Done, Failed
-from modules.worker.batching.choosing import Chooser, defaults
+from modules.worker.batching.choosing import Chooser, defaults, likeliest, no_numbers
 from modules.worker.batching.line import Line, Ticket
 from modules.worker.batching.row import Row, Set
 from modules.worker.batching.slabs import Slabs
@@ -55,7 +56,8 @@ class Scheduler:
         self._tried = False
         self._held = 0  # the most tokens that there was memory for
         self._steps = Steps(loaded.model)
-        self._slabs = Slabs(max(order.ctx_tokens, order.options.batch_tokens), order.ctx_tokens)
+        self._room_tokens = max(order.ctx_tokens, order.options.batch_tokens)
+        self._slabs = Slabs(self._room_tokens, order.ctx_tokens)
 
     @property
     def slots(self) -> int:
@@ -194,6 +196,7 @@ class Scheduler:
         rows.remove(row)
         self._slabs.remove(row)
         row.forget()
+        self._slabs.tokens = self._room_tokens  # see _move: there is more memory again
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
         told = typed(error, self._loaded.order)
@@ -218,19 +221,40 @@ class Scheduler:
     def _make_room(self, adapters: Set) -> None:
         """Where answers have outgrown the room for all, the youngest step back; where slabs are full, rows move."""
         while len(self._rows) > 1 and self._demand() + self._moving(adapters) > self._slabs.tokens:
-            youngest = self._rows.pop()
-            self._slabs.remove(youngest)
-            youngest.forget()
-            self._paused.insert(0, youngest)
+            self._step_back()
         if len(self._rows) == 1 and self._rows[0].slab is not None:
-            self._steps.set_apart(self._rows[0], self._slabs)
+            self._move(self._rows[0], lambda row: self._steps.set_apart(row, self._slabs))
         for row in self._outgrown(adapters):
-            self._slabs.grow(row)
-        decoding = [row for row in self._rows if not row.reading]
-        if len(decoding) > 1:
-            for row in decoding:
-                if row.slab is None:
-                    self._slabs.add(row)
+            if row in self._rows:
+                self._move(row, self._slabs.grow)
+        for row in [row for row in self._rows if row.slab is None]:
+            if not row.reading and sum(not other.reading for other in self._rows) > 1:
+                self._move(row, self._slabs.add)
+
+    def _step_back(self) -> None:
+        """The youngest leaves its place to the others, and is read again where there is room."""
+        youngest = self._rows.pop()
+        self._slabs.remove(youngest)
+        youngest.forget()
+        self._paused.insert(0, youngest)
+
+    def _move(self, row: Row, how: Callable[[Row], None]) -> None:
+        """Move a row. Where there is less memory than was thought, it is read again and the youngest steps back, until
+        somebody's answer ends."""
+        try:
+            how(row)
+            return
+        except Exception as error:
+            if isinstance(typed(error, self._loaded.order), OutOfMemory):
+                self._slabs.remove(row)  # the move may have ended halfway
+                row.forget()
+                if len(self._rows) > 1:
+                    self._slabs.tokens = min(self._slabs.tokens, self._demand() - 1)
+                    self._step_back()
+                log.warning("%s: memory is short, %d answers wait", self._loaded.order.name, len(self._paused))
+            else:
+                self._fail([row], error)
+        release()  # only here is the traceback gone, which held tensors
 
     def _outgrown(self, adapters: Set) -> list[Row]:
         """Those of this set whose slab has no room for the token that comes."""
@@ -248,15 +272,9 @@ class Scheduler:
         left = READ_TOKENS if any(not row.reading for row in self._rows) else ALONE_READ_TOKENS
         for row in [row for row in self._rows if row.reading and row.adapters == adapters]:
             tokens, left = min(left, len(row.ids) - row.read), left - len(row.ids) + row.read
-            try:
-                scores = self._steps.read(row, tokens)
-            except Exception as error:
-                self._fail([row], error)
-                del error
-                release()
-            else:
-                if scores is not None:
-                    self._choose([row], scores)
+            scores = self._tried_with([row], partial(self._steps.read, row, tokens))
+            if scores is not None:
+                self._choose([row], scores)
             if left <= 0:
                 return
 
@@ -266,29 +284,36 @@ class Scheduler:
         rows = [row for row in self._rows if row.adapters == adapters and not row.reading]
         if not rows:
             return False
+        if rows[0].slab is None:
+            scores = self._tried_with(rows, partial(self._steps.alone, rows[0]))
+        else:
+            slabs = self._slabs.with_adapters(adapters)
+            rows = [row for slab in slabs for row in slab.rows if isinstance(row, Row)]
+            scores = self._tried_with(rows, lambda: self._steps.together(slabs)[1])
+        if scores is not None:
+            self._choose(rows, scores)
+        return True
+
+    def _tried_with(self, rows: list[Row], call: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """What a call of the model gives for these rows; None too where it fails, which they are told."""
         try:
-            if rows[0].slab is None:
-                scores = self._steps.alone(rows[0])
-            else:
-                slabs = self._slabs.with_adapters(adapters)
-                in_order, scores = self._steps.together(slabs)
-                rows = [row for row in in_order if isinstance(row, Row)]
+            return call()
         except Exception as error:
             self._fail(rows, error)
-        else:
-            self._choose(rows, scores)
-            return True
         release()  # only here is the traceback gone, which held the step's tensors
-        return True
+        return None
 
     def _choose(self, rows: list[Row], scores: torch.Tensor) -> None:
         """Give each row its next token. ``scores``: rows × vocabulary."""
         own = sum(row.read for row in self._rows if row.slab is None)
         self._held = max(self._held, self._slabs.slots + own)
-        likeliest = scores.argmax(dim=-1).tolist() if any(row.chooser.plain for row in rows) else [0] * len(rows)
+        best = likeliest(scores, wanted=any(row.chooser.plain for row in rows))
         for index, row in enumerate(rows):
+            if best[index] < 0:
+                self._fail([row], no_numbers(self._loaded.order.name))
+                continue
             try:
-                token = likeliest[index] if row.chooser.plain else row.chooser(scores[index : index + 1])
+                token = best[index] if row.chooser.plain else row.chooser(scores[index : index + 1])
                 row.ids.append(token)
                 if row.answer.take(token):
                     self._remove(row)

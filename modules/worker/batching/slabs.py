@@ -52,6 +52,7 @@ class Slab:
             for tensors, new in ((self.keys, keys), (self.values, values)):
                 tensors[index] = _resized(tensors[index], places, len(self.rows))
                 tensors[index][len(self.rows), :, : new.shape[1]] = new
+                tensors[index][len(self.rows), :, new.shape[1] :] = 0  # NaN of who was here before; see _resized
         self.places = places
         self.rows.append(row)
         row.slab = self
@@ -91,7 +92,10 @@ def _resized(old: torch.Tensor, places: int, rows: int) -> torch.Tensor:
 
 
 class Slabs:
-    """All slabs, within a bound of ``tokens`` slots together. ``longest``: the most tokens of one sequence."""
+    """All slabs, within a bound of ``tokens`` slots together, which may change.
+
+    ``longest``: the most tokens of one sequence.
+    """
 
     def __init__(self, tokens: int, longest: int) -> None:
         self.tokens = tokens
@@ -127,10 +131,10 @@ class Slabs:
         self._forget_empty()
 
     def remove(self, row: Sequence) -> None:
-        """Forget what a sequence holds here."""
+        """Forget what a sequence holds here, also where moving it failed halfway."""
         if row.slab is not None:
             row.slab.drop(row)
-            self._forget_empty()
+        self._forget_empty()
 
     def take_out(self, row: Sequence) -> Layers:
         """Forget what a sequence holds here, and return it."""

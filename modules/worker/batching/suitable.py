@@ -60,10 +60,10 @@ def agrees(model: Any, steps: Steps) -> bool:
     except Exception:
         log.exception("answers of this model cannot be computed together")
         return False
-    moved = max(_nats(one[0], other) for one, other in zip(alone, together, strict=True))
-    if not moved < _MOST_NATS:  # NaN too
-        log.warning("answers of this model are computed one after another: together they differ by %.3g nats", moved)
-    return moved < _MOST_NATS
+    moved = [_nats(one[0], other) for one, other in zip(alone, together, strict=True)]
+    if not (same := all(nats < _MOST_NATS for nats in moved)):  # NaN is not
+        log.warning("answers of this model are computed one after another: together they differ by %s nats", moved)
+    return same
 
 
 def _read(steps: Steps, row: Sequence) -> None:
