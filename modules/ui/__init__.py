@@ -9,6 +9,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from modules.service import Service
+from modules.supervisor import LOAD_STATES, Snapshot
 from modules.ui import (
     cards,
     chat_loras,
@@ -25,7 +26,7 @@ from modules.ui import (
     training_tab,
 )
 from modules.ui.answering import Stops
-from modules.ui.common import QUIET, queue, top
+from modules.ui.common import DIRECT, QUIET, queue, top
 
 _HERE = Path(__file__).parent
 _SCRIPTS = ("clipboard.js", "page.js", "live.js")
@@ -38,7 +39,10 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
     ``login``: people have logged in, and may log out.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        line = top(cards.status_line(service.snapshot()), login=login)
+        with top(cards.status_line(service.snapshot()), login=login) as line:
+            cancel = gr.Button(
+                "Cancel", size="sm", variant="stop", elem_id="cancel-load", visible="hidden", min_width=80
+            )
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Model", id="model") as manage:
@@ -58,17 +62,19 @@ def build(service: Service, lives: live.LiveAnswers, *, login: bool = False) -> 
         training_actions.wire(training, service, tabs, chat.loras.beside)
         training_actions.wire_opening(page, training)
         training_actions.follow([page.load, training.sync.click, train.select], training, service)
-        _follow_state(page, service, line, sync, models, chat)
+        _follow_state(page, service, line, cancel, sync, models, chat)
     queue(page)
     return page
 
 
 def _follow_state(
-    page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.Button,
+    page: gr.Blocks, service: Service, line: gr.HTML, cancel: gr.Button, sync: gr.Button,
     models: model_tab.ModelTab, chat: chat_tab.ChatTab,
 ) -> None:  # fmt: skip
-    """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed."""
+    """Every tab of every browser shows the same truth: page.js clicks ``sync`` when the state has changed.
 
+    ``cancel`` ends a load from every tab; what became of it comes by ``sync``.
+    """
     follows_loaded = [*chat.follows_loaded, *models.follows_view]  # what can be asked for, and what fits beside it
 
     def synced(loaded_at: float, model: str | None, *form: Any) -> list[Any]:
@@ -77,25 +83,31 @@ def _follow_state(
         changed = [gr.skip()] * len(follows_loaded)
         if since != loaded_at:
             changed = [*chat_tab.loaded_updates(snapshot), *model_actions.changed(models, service, model, *form)]
-        return [cards.status_line(snapshot), since, *model_tab.state_updates(service, model), *changed]
+        return [*top_updates(snapshot), since, *model_tab.state_updates(service, model), *changed]
 
     def opened(remembered: dict[str, Any]) -> list[Any]:
         return [
-            cards.status_line(service.snapshot()),
+            *top_updates(service.snapshot()),
             *model_tab.opened(models, service, remembered),
             *chat_tab.loaded_updates(service.snapshot()),
         ]
 
+    cancel.click(lambda: service.cancel(), None, None, **DIRECT)
     loaded_at = gr.State(0.0)
     sync.click(
         synced, [loaded_at, models.model, *models.form.widgets],
-        [line, loaded_at, *models.follows_state, *follows_loaded], queue=False, **QUIET,
+        [line, cancel, loaded_at, *models.follows_state, *follows_loaded], trigger_mode="always_last", **DIRECT,
     )  # fmt: skip
     page.load(
         opened, models.remembered,
-        [line, *model_tab.opened_outputs(models), *chat.follows_loaded],
+        [line, cancel, *model_tab.opened_outputs(models), *chat.follows_loaded],
         **QUIET,
     )  # fmt: skip
+
+
+def top_updates(snapshot: Snapshot) -> list[Any]:
+    """Updates for the status line and the button beside it."""
+    return [cards.status_line(snapshot), gr.update(visible=True if snapshot.state in LOAD_STATES else "hidden")]
 
 
 def mount(
@@ -124,4 +136,4 @@ def _theme() -> gr.themes.Base:
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
     return gr.themes.Default(
         primary_hue="teal", neutral_hue="slate", font=sans, font_mono=mono, spacing_size="sm", radius_size="md"
-    )
+    ).set(body_text_color_subdued="*neutral_500")  # hints are read, too: Gradio's own grey is 2.6 : 1 on white

@@ -17,7 +17,6 @@ from modules.supervisor import Snapshot
 from modules.ui import tags
 from modules.ui.common import small, warn
 from modules.ui.live import Live, LiveAnswers
-from modules.units import counted
 
 RENDER_S = 2  # between two renderings of the Markdown; live.js shows the text that comes meanwhile
 CHAT, COMPLETION = "Chat", "Completion"
@@ -197,6 +196,4 @@ def done_in_words(done: Done | None, snapshot: Snapshot) -> str:
         used = done.prompt_tokens + done.completion_tokens
         parts.append(f"context {used:,} of {snapshot.loaded.order.ctx_tokens:,}")
         parts.append(f"first token after {done.first_token_seconds:.1f} s")
-    if done.dropped_messages:
-        parts.append(f"of the oldest, {counted(done.dropped_messages, 'message')} did not fit")
-    return " · ".join(parts)
+    return " · ".join([*parts, *([done.left_out] if done.left_out else [])])

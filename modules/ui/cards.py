@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable
 from html import escape
+from zlib import crc32
 
 from modules.devices import Machine
 from modules.errors import LoadstoneError
@@ -13,7 +14,7 @@ from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, adapters_in_w
 from modules.planner import DevicePlan
 from modules.planner.learning import Measurement, device_of
 from modules.service import Fit, View
-from modules.supervisor import Loaded, Snapshot, State
+from modules.supervisor import LOAD_STATES, Loaded, Snapshot, State
 from modules.ui.common import MOVING_BAR, bar, table
 from modules.units import format_bytes, format_seconds, format_tokens
 
@@ -30,7 +31,7 @@ _STATE_WORDS = {
 
 def busy(snapshot: Snapshot) -> bool:
     """Whether a load or an unload is under way."""
-    return snapshot.state in (State.STARTING, State.LOADING, State.UNLOADING)
+    return snapshot.state in (*LOAD_STATES, State.UNLOADING)
 
 
 def options_in_words(options: LoadOptions) -> str:
@@ -69,23 +70,26 @@ def active_in_words(loaded: Loaded) -> str:
     return adapters_in_words((choice.name, choice.weight) for choice in loaded.order.adapters)
 
 
+_SAID = '<span role="status">'  # read aloud when it changes; numbers, which change all the time, stand outside
+
+
 def status_line(snapshot: Snapshot) -> str:
     """One line for every tab: state, what is loaded, memory held, tokens a second."""
     css, word = _STATE_WORDS[snapshot.state]
     parts = [f'<span class="dot {css}" aria-hidden="true"></span>']
     if snapshot.loaded:
-        parts.append(f"<b>{escape(loaded_in_words(snapshot.loaded))}</b>")
-        parts.append(f"<span>{format_bytes(snapshot.loaded.report.footprint_bytes)}</span>")
+        parts.append(f"{_SAID}<b>{escape(loaded_in_words(snapshot.loaded))}</b></span>")
+        parts.append(f"<span>{format_bytes(snapshot.loaded.report.footprint_bytes)} held</span>")
         parts.append('<span class="rate"></span>')  # filled in by page.js
     if not snapshot.loaded or busy(snapshot):
         name = f" {snapshot.order.name}" if snapshot.order and busy(snapshot) else ""
-        parts.append(f"<span>{escape(word + name)}{_percent(snapshot)}</span>")
-    return f'<div class="status-line" role="status" aria-live="polite">{"".join(parts)}</div>'
+        parts.append(f"{_SAID}{escape(word + name)}</span><span>{_percent(snapshot)}</span>")
+    return f'<div class="status-line">{"".join(parts)}</div>'
 
 
 def _percent(snapshot: Snapshot) -> str:
     progress = snapshot.progress
-    return f" {100 * progress.done // progress.total} %" if progress and progress.total else ""
+    return f"{100 * progress.done // progress.total} %" if progress and progress.total else ""
 
 
 def status_card(snapshot: Snapshot) -> str:
@@ -166,8 +170,8 @@ def error_box(error: LoadstoneError) -> str:
     if error.details:
         text = escape(error.details)
         details = (
-            '<details data-keep="details"><summary>Details</summary><button class="copy" data-copy>Copy</button>'
-            f"<pre>{text}</pre></details>"
+            f'<details data-keep="details {crc32(text.encode())}"><summary>Details</summary>'
+            f'<button class="copy" data-copy>Copy</button><pre>{text}</pre></details>'
         )
     hint = f"<p>{escape(error.hint)}</p>" if error.hint else ""
     return f'<div class="error" role="alert"><p><b>{escape(error.message)}</b></p>{hint}{details}</div>'
@@ -222,7 +226,7 @@ _KINDS = (("weights", "weights_bytes"), ("context", "kv_cache_bytes"), ("working
 def _device_bar(name: str, total: int, free: int, device: DevicePlan | None) -> str:
     """A stacked bar in shares of the device's memory; what does not fit is drawn as far as the bar goes."""
     held = 100 * (total - free) / total if total else 0
-    label = f"{format_bytes(free)} of {format_bytes(total)} free"
+    label = named = f"{format_bytes(free)} of {format_bytes(total)} free"
     fills = [f'<div class="fill held" style="width:{held:.1f}%" title="held"></div>']
     takes = ""
     if device and device.total_bytes:
@@ -234,10 +238,11 @@ def _device_bar(name: str, total: int, free: int, device: DevicePlan | None) -> 
                 f'title="{kind} {format_bytes(size)}"></div>'
             )
         words = " · ".join(f"{kind} {format_bytes(size)}" for kind, size in sizes if size)
+        named = f"{label}, would take {format_bytes(device.total_bytes)}"
         takes = f'<div class="small">would take {format_bytes(device.total_bytes)}: {words}</div>'
     return (
         f'<div class="device"><div class="device-head"><span>{escape(name)}</span><span>{label}</span></div>'
-        f'<div class="bar" role="img" aria-label="{escape(name)}: {label}">{"".join(fills)}</div>{takes}</div>'
+        f'<div class="bar" role="img" aria-label="{escape(name)}: {named}">{"".join(fills)}</div>{takes}</div>'
     )
 
 
@@ -262,14 +267,16 @@ def code_list(view: View) -> str:
     if not view.facts or not view.facts.code_files:
         return ""
     rows = [(file.name, f"SHA-256 {file.sha256}") for file in view.facts.code_files]
-    word = "These files are allowed to run." if view.code_allowed else "The model brings these Python files:"
+    word = "These files are allowed to run" if view.code_approved or view.code_allowed else ""
+    label = LOAD_OPTIONS["trust_remote_code"].label
+    word = f"{word} while “{label}” is on:" if word else "The model brings these Python files:"
     return f'<p class="note">{word}</p>{table(rows)}'
 
 
 def summary(view: View, loaded: Loaded | None) -> str:
     """The line under the model menu: ``135 M · bf16 · 269 MB · 8k context``; for scripts, whether it is loaded."""
     if not view.name:
-        return '<div class="small">Choose a model, or put one under models/.</div>'
+        return '<div class="small">Choose a model, put one under models/, or download one.</div>'
     text = view.facts.summary() if view.facts else view.problem.title if view.problem else ""
     origins = sorted({o for o in view.origin.values() if o not in ("default", "form")})
     source = f" · options from {', '.join(origins)}" if origins else ""

@@ -111,6 +111,13 @@ def menu_updates(service: Service) -> list[Any]:
     ]
 
 
+def refused(error: LoadstoneError) -> Updates:
+    """The page where a second answer was not even begun: the line says why."""
+    updates = nothing()
+    updates[4] = small(str(error))
+    return updates
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The second answers of every browser tab."""
@@ -135,7 +142,7 @@ class Comparison:
         try:
             asked = replace(question, loras=set_of(beside), before=question.history)
         except LoadstoneError as error:
-            yield [gr.skip(), gr.skip(), gr.skip(), gr.skip(), small(str(error)), *[gr.skip()] * 3]
+            yield refused(error)
             return
         for updates in answer(self.service, self.stops, self.lives, session, asked, place="other"):
             yield [updates[0], gr.skip(), *updates[2:]]  # the next message may be being typed

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from modules.errors import LoadstoneError
+from modules.errors import LoadstoneError, NothingLoaded
 from modules.options import GENERATION_OPTIONS, GenerationOptions
 from modules.service import Service
 from modules.supervisor import Snapshot
@@ -32,6 +32,7 @@ from modules.ui.remembered import Remembered
 
 MOST_ANSWERS = 24  # at a time, the rest wait: each holds one of the web process's 40 threads while it comes
 _MODE_HELP = "Chat uses the model's chat template; Completion continues the text as it stands."
+_EMPTY = "Nothing said yet."
 _NO_TEMPLATE = "This model has no chat template: it continues the text as it stands."
 # The conversation is this browser tab's: it survives a reload of the page, and no other tab sees it.
 # It is kept with every rendering, also of an answer that is still coming, but not before it was recalled. An answer of
@@ -92,7 +93,7 @@ def build(service: Service) -> ChatTab:
                 chatbot = gr.Chatbot(
                     height="calc(100dvh - 330px)", min_height=260, editable="all", buttons=["copy", "copy_all"],
                     show_label=False, layout="bubble", elem_id="chatbot", feedback_options=None, sanitize_html=True,
-                    placeholder="Nothing said yet.",
+                    placeholder=_EMPTY,
                 )  # fmt: skip
                 other = chat_loras.build_other()
             line = gr.HTML(small(""), elem_id="chat-line", padding=False)
@@ -135,11 +136,11 @@ def loaded_updates(snapshot: Snapshot) -> list[Any]:
     """Updates for ``tab.follows_loaded``: without a chat template there is Completion only. Without a model nothing
     is edited: Gradio takes what follows an edited message away before anybody is asked."""
     if snapshot.loaded is None:
-        return [gr.update(editable="none"), gr.skip()]
+        return [gr.update(editable="none", placeholder=f"{NothingLoaded.title}. {NothingLoaded.remedy}"), gr.skip()]
     has_template = snapshot.loaded.report.has_chat_template
     info = _MODE_HELP if has_template else _NO_TEMPLATE
     mode = gr.update(value=CHAT if has_template else COMPLETION, interactive=has_template, info=info)
-    return [gr.update(editable="all"), mode]
+    return [gr.update(editable="all", placeholder=_EMPTY), mode]
 
 
 # --- what a click does ---
@@ -212,7 +213,11 @@ class Conversation:
         if kept == answered:  # there was no answer
             yield nothing()
             return
-        question = _question(self.tab, kept, kept, raw)
+        try:
+            question = _question(self.tab, kept, kept, raw)
+        except LoadstoneError as error:
+            yield chat_loras.refused(error)
+            return
         yield from self.comparison.answer(str(request.session_hash), question, beside)
 
     def take_back(self, request: gr.Request, history: History) -> Updates:

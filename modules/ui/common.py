@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -19,17 +20,20 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
 DIRECT: dict[str, Any] = {"queue": False, **QUIET}
 
 
-def top(status: str, *, login: bool) -> gr.HTML:
-    """The row above the tabs; returns the place of the status line. ``login``: with a button to log out."""
+@contextmanager
+def top(status: str, *, login: bool) -> Iterator[gr.HTML]:
+    """The row above the tabs; gives the place of the status line. What is made in the block stands beside it.
+
+    ``login``: with a button to log out.
+    """
     with gr.Row(elem_id="top"):
         gr.HTML("<h1>Loadstone</h1>", elem_id="brand", padding=False)
-        line = gr.HTML(status, elem_id="status", padding=False)
+        yield gr.HTML(status, elem_id="status", padding=False)
         if login:
             gr.HTML(
                 '<form method="post" action="logout"><button class="plain">Log out</button></form>',
                 elem_id="logout", padding=False,
             )  # fmt: skip
-    return line
 
 
 def inform(text: str) -> None:

@@ -19,6 +19,7 @@ from modules.ui.download_card import (
     found_updates,
     is_search,
     job_updates,
+    narrowed_in_words,
     offer_html,
     offer_updates,
     token_html,
@@ -34,7 +35,7 @@ def _looked(service: Service, text: str, task: str, size: str, sort: str, fittin
     try:
         if is_search(text):
             results = service.downloads.search(text, task=task, size=size, sort=sort, fitting=fitting)
-            return found_updates(results, text)
+            return found_updates(results, text, narrowed_in_words(task, size, fitting))
         offer = service.downloads.look(text)
         return [gr.update(visible="hidden", value=None), *offer_updates(offer, text)[1:]]
     except LoadstoneError as error:
@@ -97,7 +98,7 @@ def _synced(service: Service, model: str | None, done: int) -> list[Any]:
 
 def _token_saved(service: Service, token: str) -> list[Any]:
     owner = service.downloads.save_token(token)
-    inform(f"The token of {owner} is kept.")
+    inform(f"The token of {owner} is saved.")
     return [token_html(service), ""]
 
 
@@ -138,7 +139,7 @@ def wire(tab: ModelTab, service: Service) -> None:
     card.clear.click(guarded(jobs, partial(_cleared, service)), None, card.follows_jobs, **QUIET)
     synced = partial(_synced, service)
     follows = [tab.model, tab.loras.menu, card.done, *card.follows_jobs]
-    card.sync.click(synced, [tab.model, card.done], follows, queue=False, **QUIET)
+    card.sync.click(synced, [tab.model, card.done], follows, trigger_mode="always_last", **DIRECT)
     _wire_token(card, service)
 
 

@@ -17,6 +17,7 @@ from modules.ui.cards import error_box
 from modules.ui.common import bar, small, table
 from modules.units import counted, format_bytes, format_count
 
+_NARROW, _FITTING = "Narrow the search", "Fits this machine"
 SLOTS = 5  # downloads that are shown at once
 
 
@@ -82,11 +83,11 @@ def build() -> DownloadCard:
                 elem_id="hub-ask", scale=5, min_width=200, max_lines=1,
             )  # fmt: skip
             look = gr.Button("Look", elem_id="hub-look", scale=0, min_width=80)
-        with gr.Accordion("Narrow the search", open=False, elem_id="hub-narrow"), gr.Row():
+        with gr.Accordion(_NARROW, open=False, elem_id="hub-narrow"), gr.Row():
             task = _menu("Task", TASKS, "text-generation", "hub-task")
             size = _menu("Parameters", SIZES, "", "hub-size")
             sort = _menu("Order", SORTS, "downloads", "hub-sort")
-            fitting = gr.Checkbox(label="Fits this machine", elem_id="hub-fitting", min_width=190)
+            fitting = gr.Checkbox(label=_FITTING, elem_id="hub-fitting", min_width=190)
         results = gr.Radio(choices=[], label="Found", visible="hidden", elem_id="hub-results")
         offer = gr.HTML(elem_id="hub-offer", padding=False)
         files = gr.Dropdown(
@@ -102,7 +103,7 @@ def build() -> DownloadCard:
                 label="Token", type="password", placeholder="hf_…", elem_id="hub-token-text", max_lines=1
             )
             with gr.Row():
-                save = gr.Button("Keep it", size="sm", elem_id="hub-token-save", min_width=80)
+                save = gr.Button("Save", size="sm", elem_id="hub-token-save", min_width=80)
                 test = gr.Button("Test", size="sm", elem_id="hub-token-test", min_width=80)
                 forget = gr.Button("Forget it", size="sm", elem_id="hub-token-forget", min_width=80)
         sync = gr.Button("sync", visible="hidden", elem_id="sync-downloads")
@@ -185,10 +186,10 @@ def _left_out(left_out: Mapping[str, str]) -> str:
     return f'<details data-keep="left-out"><summary>{summary}</summary>{table(left_out.items())}</details>'
 
 
-def found_updates(results: list[Result], text: str) -> list[Any]:
-    """What a search found, to choose from."""
+def found_updates(results: list[Result], text: str, narrowed: str = "") -> list[Any]:
+    """What a search found, to choose from. ``narrowed``: what :func:`narrowed_in_words` says of it."""
     choices = [(_found_in_words(result), result.found.name) for result in results]
-    line = small("Choose one to see its files." if results else f"Nothing on the Hub is called {text!r} so narrowed.")
+    line = small("Choose one to see its files." if results else f"Nothing on the Hub is called {text!r}{narrowed}.")
     return [
         gr.update(choices=choices, value=None, visible=True if choices else "hidden"),
         line,
@@ -196,6 +197,13 @@ def found_updates(results: list[Result], text: str) -> list[Any]:
         gr.update(visible="hidden"),
         "",
     ]
+
+
+def narrowed_in_words(task: str, size: str, fitting: bool) -> str:
+    """What a search leaves out, and where that is set: it may be folded away. ``""`` where it leaves nothing out."""
+    parts = [TASKS.get(task, task) if task else "", SIZES.get(size, size) if size else "", _FITTING if fitting else ""]
+    words = ", ".join(part for part in parts if part)
+    return f" among: {words} (see {_NARROW})" if words else ""
 
 
 def _found_in_words(result: Result) -> str:

@@ -12,14 +12,15 @@ import gradio as gr
 from modules.service import Service
 from modules.ui import cards, chat_loras, chat_tab
 from modules.ui.answering import Stops
-from modules.ui.common import QUIET, queue, top
+from modules.ui.common import DIRECT, QUIET, queue, top
 from modules.ui.live import LiveAnswers
 
 
 def build(service: Service, lives: LiveAnswers, title: str) -> gr.Blocks:
     """The page, wired to ``service``."""
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
-        line = top(cards.status_line(service.snapshot()), login=True)
+        with top(cards.status_line(service.snapshot()), login=True) as line:
+            pass  # a guest cancels nothing
         sync = gr.Button("sync", visible="hidden", elem_id="sync")
         with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
             chat = chat_tab.build(service)
@@ -42,5 +43,5 @@ def _follow_state(page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.But
 
     loaded_at = gr.State(-1.0)  # not known yet; 0: nothing is loaded
     outputs = [line, loaded_at, *chat.follows_loaded]
-    sync.click(synced, loaded_at, outputs, queue=False, **QUIET)
+    sync.click(synced, loaded_at, outputs, trigger_mode="always_last", **DIRECT)
     page.load(synced, loaded_at, outputs, **QUIET)

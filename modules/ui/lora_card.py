@@ -167,7 +167,9 @@ def about(names: Sequence[str], offers: Sequence[LoraOffer]) -> str:
         lines.append(f'<div class="small"><b>{escape(name)}</b> · {escape(facts)}</div>')
         lines += [f'<p class="note">{escape(warning)}</p>' for warning in offer.warnings]
     if not offers:
-        lines.append('<div class="small">No LoRAs yet: put their folders under loras/, or train one.</div>')
+        lines.append(
+            '<div class="small">No LoRAs yet: put their folders under loras/, download one, or train one.</div>'
+        )
     return "".join(lines)
 
 

@@ -11,12 +11,14 @@ import gradio as gr
 
 from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, alpha_for
+from modules.options.loader import may_stretch
 from modules.service import Service
-from modules.ui import cards
+from modules.ui import asking, cards
 from modules.ui.common import DIRECT, QUIET, edits, guarded, inform, warn
 from modules.ui.form import form_updates, form_values
 from modules.ui.model_tab import (
     ModelTab,
+    mendable,
     menu_update,
     model_choices,
     selected_outputs,
@@ -26,25 +28,27 @@ from modules.ui.model_tab import (
 )
 
 POLL_S = 0.25
-# On the page alone, and once what was chosen stands there: a click on Load, where it was wished and is not loaded yet.
+# On the page alone, and once what was chosen stands there: it is loaded where that was wished, and it is not loaded
+# yet. Not by a click on Load, which is greyed while something is under way: then it has to be said that this is so.
 _AUTOLOAD = """(wished) => { if (wished && !document.querySelector("#summary [data-loaded]"))
-  setTimeout(() => document.getElementById("load").click(), 50) }"""
-# The menu tells of a choice twice, and on being left without one: only another model than the one shown is a choice.
+  setTimeout(() => document.getElementById("autoloads").click(), 50) }"""
+# The menu tells of a choice twice, and on being left without one: only another model than the one chosen last is a
+# choice. At first that is the one shown; later what is shown may be the answer to an earlier choice still.
 _CHOSEN = """(model, chosen) =>
-  model === document.querySelector("#summary [data-model]")?.dataset.model ? chosen : model"""
+  model === (chosen || document.querySelector("#summary [data-model]")?.dataset.model) ? chosen : model"""
 # What changes the form or what is saved, and may pop up a message, goes one after another in the order of the clicks.
 _IN_ORDER: dict[str, Any] = {"concurrency_id": "form", "concurrency_limit": 1, **QUIET}
 
 
-def changed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+def changed(
+    tab: ModelTab, service: Service, model: str | None, *raw: Any, shows_code: bool = False
+) -> list[Any]:  # fmt: skip
     """Updates for ``tab.follows_view``: what applies now, what fits now. No value is touched."""
     try:
-        values = form_values(tab.form, raw)
+        view = service.view(model or "", form_values(tab.form, raw))
     except LoadstoneError as error:
-        view = service.view(model or "")
-        problem = replace(view, problem=error, fit=None)  # what would fit then, nobody knows
-        return view_updates(tab, service, problem, with_values=False)
-    return view_updates(tab, service, service.view(model or "", values), with_values=False)
+        view = replace(service.view(model or ""), problem=error, fit=None)  # what would fit then, nobody knows
+    return view_updates(tab, service, view, with_values=False, shows_code=shows_code)
 
 
 def _unrefused(
@@ -93,8 +97,8 @@ def _act(service: Service, action: Callable[[], object], model: str | None, *raw
 def _fixed(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
     """The form with the changes that the error on the card proposes for this model."""
     values = form_values(tab.form, raw)
-    snapshot = service.snapshot()
-    fix = snapshot.error.fix if snapshot.error and snapshot.order and snapshot.order.name == model else {}
+    error, _ = mendable(service, model)
+    fix = error.fix if error else {}
     try:
         service.order(model or "", values)
     except LoadstoneError as refused:
@@ -111,7 +115,7 @@ def _stretched(tab: ModelTab, service: Service, model: str | None, *raw: Any) ->
     """The form with the alpha_value that suits the context asked for."""
     values = form_values(tab.form, raw)
     view = service.view(model or "", values)
-    if view.facts and view.facts.context_tokens:
+    if view.facts and view.facts.context_tokens and may_stretch(view.options):
         values["alpha_value"] = alpha_for(view.context_tokens / view.facts.context_tokens)
     return _with(tab, service, model, values)
 
@@ -138,10 +142,16 @@ def _allow_and_load(
     yield from _act(service, act, model, *raw)
 
 
+def _forget_code(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
+    """Take back the yes to the model's Python files. What is loaded goes on."""
+    service.forget_code(model or "")
+    inform(f"The Python files of {model} ask again before the next load.")
+    return changed(tab, service, model, *raw, shows_code=True)
+
+
 def _looked(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
     """The model's Python files as they are now, and whether they are allowed; no value is touched."""
-    view = service.view(model or "", form_values(tab.form, raw))
-    return view_updates(tab, service, view, with_values=False, shows_code=True)
+    return changed(tab, service, model, *raw, shows_code=True)
 
 
 def _save(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list[Any]:
@@ -150,9 +160,18 @@ def _save(tab: ModelTab, service: Service, model: str | None, *raw: Any) -> list
     return view_updates(tab, service, service.view(model or ""), with_values=True)
 
 
-def _forget(tab: ModelTab, service: Service, model: str | None) -> list[Any]:
-    if model:
-        service.settings.forget(model)
+def _ask_forget(service: Service, model: str | None) -> asking.Question | str:
+    if not model:
+        return "Choose a model first."
+    if not service.settings.path_of(model).exists():
+        return f"Nothing is saved for {model}."
+    return asking.Question(model, f"Forget the settings saved for {model}?")
+
+
+def _forget(tab: ModelTab, service: Service, asked: str, model: str | None) -> list[Any]:
+    service.settings.forget(asked)
+    if model != asked:  # what is in the form is another's
+        return [gr.skip()] * len(tab.follows_view)
     return view_updates(tab, service, service.view(model or ""), with_values=True)
 
 
@@ -205,7 +224,11 @@ def wire(tab: ModelTab, service: Service, page: gr.Tab) -> None:
     for event in filled:  # leaving a field by the click may have asked for what stood there before it
         event.then(viewed, inputs, tab.follows_view, **DIRECT)
     tab.save.click(bound(_save), inputs, tab.follows_view, **_IN_ORDER)
-    tab.forget.click(bound(_forget), tab.model, tab.follows_view, **_IN_ORDER)
+    asking.wire(
+        tab.forgetting, tab.forget, partial(_ask_forget, service), tab.model, partial(_forget, tab, service),
+        [tab.model], tab.follows_view, acts=_IN_ORDER,
+    )  # fmt: skip
+    tab.chosen.change(lambda: asking.shown(""), None, tab.forgetting.place, **DIRECT)  # it was about another model
     tab.import_legacy.click(bound(_import, shown + 1), tab.model, [tab.import_legacy, *tab.follows_view], **_IN_ORDER)
 
 
@@ -218,11 +241,12 @@ def _wire_loading(
     fixed = guarded(len(tab.form.widgets), partial(_fixed, tab, service))
     acted = [
         gr.on([tab.load.click, *submits], load, inputs, **acts),
+        tab.autoloads.click(load, inputs, trigger_mode="multiple", **acts),  # also while an earlier one goes on
         tab.anyway.click(partial(load, anyway=True), inputs, **acts),
         tab.fix.click(fixed, inputs, tab.form.widgets, **_IN_ORDER).then(load, inputs, **acts),
-        tab.allow_code.click(partial(_allow_and_load, tab, service), [tab.shown_code, *inputs], **acts).then(
-            partial(_looked, tab, service), inputs, tab.follows_view, **DIRECT
-        ),
+        tab.allow_code.click(lambda: True, None, tab.form.fields["trust_remote_code"], **_IN_ORDER)
+        .then(partial(_allow_and_load, tab, service), [tab.shown_code, *inputs], **acts)
+        .then(partial(_looked, tab, service), inputs, tab.follows_view, **DIRECT),
         *(
             button.click(partial(_act, service, action), tab.model, **acts)
             for button, action in (
@@ -231,5 +255,9 @@ def _wire_loading(
         ),
         tab.refresh.click(partial(_refresh, service), tab.model, tab.model, **DIRECT),
     ]  # fmt: skip
+    code_forgotten = guarded(len(tab.follows_view), partial(_forget_code, tab, service))
+    tab.forget_code.click(lambda: False, None, tab.form.fields["trust_remote_code"], **_IN_ORDER).then(
+        code_forgotten, inputs, tab.follows_view, **_IN_ORDER
+    )
     for event in acted:
         event.then(viewed, inputs, tab.follows_view, **DIRECT)

@@ -8,13 +8,14 @@ from typing import Any
 import gradio as gr
 
 from modules.errors import CustomCodeRefused, LoadstoneError
-from modules.options import LOAD_OPTIONS, Spec, alpha_for
+from modules.options import LoadOptions, alpha_for
+from modules.options.loader import may_stretch
 from modules.service import Service, View
 from modules.supervisor import LOAD_STATES, Snapshot, State
-from modules.ui import cards, download_card, lora_card
-from modules.ui.form import Form, build_form, form_updates, group_updates, widget_value
+from modules.ui import asking, cards, download_card, lora_card
+from modules.ui.fixes import fix_label
+from modules.ui.form import Form, build_form, form_updates, group_updates
 
-POLL_S = 0.25
 MOST_WAYS = 4
 
 
@@ -34,9 +35,12 @@ class ModelTab:
     refresh: gr.Button
     save: gr.Button
     forget: gr.Button
+    forgetting: asking.Asking
     import_legacy: gr.Button
+    autoloads: gr.Button  # hidden; the page clicks it when what was chosen is to be loaded by itself
     fix: gr.Button
     allow_code: gr.Button
+    forget_code: gr.Button  # takes the yes to the files back
     stretch: gr.Button
     ways: tuple[gr.Button, ...]
     anyway: gr.Button
@@ -64,8 +68,8 @@ class ModelTab:
     def follows_view(self) -> list[Any]:
         """What :func:`view_updates` updates. The page applies this in order: who sees the summary sees all of it."""
         return [
-            *self.form.widgets, self.stretch, *self.ways, self.anyway, self.shown_code, self.code, self.fit,
-            self.summary,
+            *self.form.widgets, self.stretch, *self.ways, self.anyway, self.shown_code, self.code,
+            self.forget_code, self.fit, self.summary,
         ]  # fmt: skip
 
 
@@ -84,25 +88,29 @@ def build(service: Service) -> ModelTab:
         with gr.Row(elem_id="save-buttons"):
             autoload = gr.Checkbox(label="Autoload when selected", elem_id="autoload", container=False, min_width=170)
             save = gr.Button("Save settings", size="sm", elem_id="save", min_width=90)
-            forget = gr.Button("Forget saved", size="sm", elem_id="forget", min_width=90)
+            forget = gr.Button("Forget saved …", size="sm", elem_id="forget", min_width=90)
             legacy = gr.Button(
                 "Import from config-user.yaml", size="sm", elem_id="import", visible="hidden", min_width=90
             )
+    forgetting = asking.build("forget", "forget them", "keep them")
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
             form = build_form()
             stretch = gr.Button("Stretch the context", size="sm", visible="hidden", elem_id="stretch")
             code = gr.HTML(elem_id="code", padding=False)
+            forget_code = gr.Button("Allow them no more", size="sm", visible="hidden", elem_id="forget-code")
             loras = lora_card.build()
         with gr.Column(scale=5, min_width=320, elem_id="state-column"):
             card, fix, allow, fit, ways, anyway = _state_widgets()
             downloads = download_card.build()
     with gr.Row(elem_classes="unseen"):
         chosen = gr.Textbox("", label="Model chosen")
+        autoloads = gr.Button("load", elem_id="autoloads")
     remembered = gr.BrowserState({"model": "", "autoload": False}, storage_key="loadstone-model", secret="loadstone")
     return ModelTab(
-        model, chosen, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, legacy,
-        fix, allow, stretch, ways, anyway, summary, fit, card, code, gr.State(), gr.State({}), downloads, loras,
+        model, chosen, autoload, remembered, form, load, unload, reload, cancel, refresh, save, forget, forgetting,
+        legacy, autoloads, fix, allow, forget_code, stretch, ways, anyway, summary, fit, card, code, gr.State(),
+        gr.State({}), downloads, loras,
     )  # fmt: skip
 
 
@@ -135,21 +143,25 @@ def view_updates(
     alpha = alpha_for(view.context_tokens / limit) if limit and view.context_tokens > limit else 1.0
     needs_alpha = alpha > view.options.alpha_value and "alpha_value" not in view.reasons
     stretch = gr.update(
-        visible=True if needs_alpha and view.options.compress_pos_emb == 1 else "hidden",
+        visible=True if needs_alpha and may_stretch(view.options) else "hidden",
         value=f"Stretch the context to {view.context_tokens:,}: alpha_value {alpha:g}",
     )
     return [
         *form_updates(tab.form, view, with_values=with_values),
         stretch,
         *_way_updates(view),
-        *(_code_updates(view) if shows_code else [gr.skip(), gr.skip()]),
+        *(_code_updates(view) if shows_code else [gr.skip()] * 3),
         cards.fit_card(view, service.measure()),
         cards.summary(view, service.snapshot().loaded),
     ]
 
 
 def _code_updates(view: View) -> list[Any]:
-    return [{file.name: file.sha256 for file in view.facts.code_files} if view.facts else {}, cards.code_list(view)]
+    return [
+        {file.name: file.sha256 for file in view.facts.code_files} if view.facts else {},
+        cards.code_list(view),
+        gr.update(visible=True if view.code_approved else "hidden"),
+    ]
 
 
 def _way_updates(view: View) -> list[Any]:
@@ -169,42 +181,30 @@ def state_updates(service: Service, model: str | None, refused: LoadstoneError |
     """
     snapshot = service.snapshot()
     busy = cards.busy(snapshot)
-    refused = refused or service.start_error
     card = cards.status_card(snapshot)
-    if refused:
-        card = f'<div class="card failed">{cards.error_box(refused)}</div>{card}'
-    about_this = snapshot.state is State.FAILED and snapshot.order is not None and snapshot.order.name == model
-    error = refused or (snapshot.error if about_this else None)
+    if above := refused or service.start_error:
+        card = f'<div class="card failed">{cards.error_box(above)}</div>{card}'
+    error, options = (refused, None) if refused else mendable(service, model)
     return [
         card,
         gr.update(interactive=not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
         gr.update(visible=True if snapshot.state in (State.STARTING, State.LOADING) else "hidden"),
-        gr.update(visible=True if error and error.fix else "hidden", value=fix_label(error)),
+        gr.update(visible=True if error and error.fix else "hidden", value=fix_label(error, options)),
         gr.update(visible=True if isinstance(error, CustomCodeRefused) else "hidden"),
         *lora_card.state_updates(service, model),
     ]
 
 
-def fix_label(error: LoadstoneError | None) -> str:
-    """What a button says that loads with the options that mend ``error``."""
-    if not error or not error.fix:
-        return ""
-    words = [
-        f"{'with' if value else 'without'} {LOAD_OPTIONS[name].label}"
-        if LOAD_OPTIONS[name].kind == "flag"
-        else f"with {LOAD_OPTIONS[name].label} {_shown(LOAD_OPTIONS[name], value)}"
-        for name, value in error.fix.items()
-        if name in LOAD_OPTIONS
-    ]
-    return f"Load {' and '.join(words)} instead"
-
-
-def _shown(spec: Spec, value: Any) -> str:
-    """A value in words; one that is left to the program by what that means."""
-    shown = widget_value(spec, value)
-    return spec.default_help if shown is None or shown == "" else str(shown)
+def mendable(service: Service, model: str | None) -> tuple[LoadstoneError | None, LoadOptions | None]:
+    """The error of the selected model's last load, and the options of that load where they are known."""
+    if service.start_error and service.start_error_for == model:
+        return service.start_error, None
+    snapshot = service.snapshot()
+    if snapshot.state is State.FAILED and snapshot.order is not None and snapshot.order.name == model:
+        return snapshot.error, snapshot.order.options
+    return None, None
 
 
 def model_choices(service: Service) -> list[str]:

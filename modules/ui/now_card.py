@@ -17,6 +17,7 @@ from modules.ui.common import DIRECT, guarded, small, table
 from modules.units import format_bytes, format_count, format_seconds
 
 _SHOWN_REQUESTS = 12
+_REQUESTS = "The API's last requests"
 
 
 def build(service: Service, tab: gr.Tab) -> None:
@@ -78,14 +79,14 @@ def now_html(service: Service) -> str:
     waiting = service.on_demand.waiting if service.on_demand else 0
     memory = dict(service.fleet.memory())
     models = [_model_row(place, memory) for place in places]
-    shown = grid(_MODEL_COLUMNS, models) if models else small("Nothing is loaded.")
+    shown = grid("Loaded models", _MODEL_COLUMNS, models) if models else small("Nothing is loaded.")
     return table(_facts(service.traffic.totals(), places, waiting)) + shown
 
 
 def requests_html(recent: Sequence[Seen]) -> str:
     """The API's last requests; "" where there was none."""
     rows = [_request_row(seen) for seen in recent[:_SHOWN_REQUESTS]]
-    return "<h4>The API's last requests</h4>" + grid(_REQUEST_COLUMNS, rows) if rows else ""
+    return f"<h4>{_REQUESTS}</h4>" + grid(_REQUESTS, _REQUEST_COLUMNS, rows) if rows else ""
 
 
 def _facts(totals: Totals, places: Iterable[Place], waiting: int) -> list[tuple[str, str]]:
@@ -129,11 +130,12 @@ def _request_row(seen: Seen) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table with a row of headings, which is moved sideways where it is wider than its place."""
+def grid(label: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table with a row of headings, named for who does not see it, which is moved sideways where it is wider than its
+    place."""
     first = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
     rest = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<div class="wide" tabindex="0"><table class="results"><thead><tr>{first}</tr></thead>'
-        f"<tbody>{rest}</tbody></table></div>"
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}"><table class="results">'
+        f"<thead><tr>{first}</tr></thead><tbody>{rest}</tbody></table></div>"
     )

@@ -16,10 +16,10 @@ from modules.errors import LoadstoneError, OptionError
 from modules.options import LoadOptions, adapters_in_words, split_adapter
 from modules.service import Service
 from modules.service.perplexity import Measured, PerplexityState, read_text
-from modules.ui import text_source
+from modules.ui import asking, text_source
 from modules.ui.cards import error_box, options_in_words
 from modules.ui.common import DIRECT, MOVING_BAR, bar, small
-from modules.units import format_seconds
+from modules.units import counted, format_seconds
 
 PASTED = "pasted text"
 
@@ -35,6 +35,7 @@ class PerplexityCard:
     forget: gr.Button
     line: gr.HTML
     table: gr.HTML
+    emptying: asking.Asking
 
     @property
     def numbers(self) -> list[Any]:
@@ -73,9 +74,10 @@ def build() -> PerplexityCard:
         table = gr.HTML(elem_id="perplexity-table", padding=False)
         with gr.Row(elem_id="perplexity-forget-row", elem_classes="flow"):
             forget = gr.Button(
-                "Empty the table", size="sm", elem_id="perplexity-forget", min_width=90, visible="hidden"
+                "Empty the table …", size="sm", elem_id="perplexity-forget", min_width=90, visible="hidden"
             )
-    return PerplexityCard(source, window, stride, most, measure, cancel, forget, line, table)
+    emptying = asking.build("perplexity-forget", "empty it", "keep it")
+    return PerplexityCard(source, window, stride, most, measure, cancel, forget, line, table, emptying)
 
 
 def _tokens(label: str, info: str, usual: str, name: str) -> gr.Number:
@@ -205,7 +207,12 @@ def _cancel(service: Service) -> list[Any]:
     return state_updates(service)
 
 
-def _forget(service: Service) -> list[Any]:
+def _ask(service: Service) -> asking.Question:
+    rows = len(service.perplexity.results())
+    return asking.Question(rows, f"Empty the table, with {counted(rows, 'measurement')}?")
+
+
+def _forget(service: Service, _: int) -> list[Any]:
     service.perplexity.forget()
     return state_updates(service)
 
@@ -215,4 +222,6 @@ def wire(card: PerplexityCard, service: Service) -> None:
     inputs = [*card.numbers, *card.source.widgets]
     card.measure.click(partial(_measure, service), inputs, card.follows_state, **DIRECT)
     card.cancel.click(partial(_cancel, service), None, card.follows_state, **DIRECT)
-    card.forget.click(partial(_forget, service), None, card.follows_state, **DIRECT)
+    ask, forget = partial(_ask, service), partial(_forget, service)
+    back = [f"#{card.measure.elem_id}", "#perplexity button"]
+    asking.wire(card.emptying, card.forget, ask, None, forget, [], card.follows_state, back=back)

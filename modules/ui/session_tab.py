@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -11,8 +12,8 @@ from modules import packages
 from modules.copies import QuantizedCopy
 from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS, SERVER_OPTIONS, ServerOptions, Spec
 from modules.service import Service
-from modules.ui import now_card, shelf_card
-from modules.ui.common import QUIET, guarded, table
+from modules.ui import asking, now_card, shelf_card
+from modules.ui.common import QUIET, table
 from modules.units import format_bytes
 
 
@@ -23,22 +24,40 @@ def build(service: Service, tab: gr.Tab) -> None:
     content = gr.HTML(elem_id="session")
     with gr.Row(visible=False, equal_height=True) as row:
         copy = gr.Dropdown(choices=[], label="Quantized copy", elem_id="copy", scale=4)
-        delete = gr.Button("🗑 Delete", size="sm", min_width=90, elem_id="copy-delete")
+        delete = gr.Button("Delete …", size="sm", min_width=90, elem_id="copy-delete")
+    sure = asking.build("copy", "delete it", "keep it")
     refresh = gr.Button("⟳ Refresh", size="sm", min_width=90, elem_id="session-refresh")
 
-    def shown() -> list[Any]:
-        choices = [(f"{copy.model or copy.key}, {copy.what}", copy.key) for copy in service.quantized_copies()]
-        first = choices[0][1] if choices else None
-        return [session_html(service), gr.update(visible=bool(choices)), gr.update(choices=choices, value=first)]
+    def shown(chosen: str | None) -> list[Any]:
+        copies = service.quantized_copies()
+        return [session_html(service), gr.update(visible=bool(copies)), copies_update(copies, chosen)]
 
-    def deleted(key: str | None) -> list[Any]:
-        if key:
-            service.delete_copy(key)
-        return shown()
+    def ask(key: str | None) -> asking.Question | str:
+        found = next((copy for copy in service.quantized_copies() if copy.key == key), None)
+        if found is None:
+            return "This copy is not there any more."
+        size = format_bytes(found.size_bytes)
+        return asking.Question(key, f"Delete the copy {copy_label(found)}, {size}? It can be made again.")
+
+    def deleted(key: str, chosen: str | None) -> list[Any]:
+        service.delete_copy(key)
+        return shown(chosen)
 
     outputs = [content, row, copy]
-    gr.on([tab.select, refresh.click], shown, None, outputs, **QUIET)
-    delete.click(guarded(len(outputs), deleted), copy, outputs, **QUIET)
+    gr.on([tab.select, refresh.click], shown, copy, outputs, **QUIET)
+    back = ["#session-refresh"]
+    asking.wire(sure, delete, ask, copy, deleted, [copy], outputs, back=back, acts=QUIET)
+
+
+def copy_label(copy: QuantizedCopy) -> str:
+    return f"{copy.model or copy.key}, {copy.what}"
+
+
+def copies_update(copies: Sequence[QuantizedCopy], chosen: str | None) -> Any:
+    """The menu of the copies. Which is chosen stays a person's choice while it is there."""
+    keys = [copy.key for copy in copies]
+    value = chosen if chosen in keys else next(iter(keys), None)
+    return gr.update(choices=[(copy_label(copy), copy.key) for copy in copies], value=value)
 
 
 def session_html(service: Service) -> str:

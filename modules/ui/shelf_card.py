@@ -15,8 +15,12 @@ from modules.errors import LoadstoneError
 from modules.hub.keeping import Duplicate, Verified
 from modules.service import Service
 from modules.service.shelf import Kept
-from modules.ui.common import QUIET, guarded, small, table
+from modules.ui import asking
+from modules.ui.common import DIRECT, QUIET, guarded, small, table
 from modules.units import format_bytes
+
+_CHOOSE = "Choose a model first."
+_STAR = "★ Favourite"
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,7 @@ class ShelfCard:
     newer: gr.Button
     update: gr.Button
     delete: gr.Button
-    sure: gr.Row
-    yes: gr.Button
-    no: gr.Button
+    sure: asking.Asking
     same: gr.Button
     line: gr.HTML
 
@@ -39,7 +41,7 @@ class ShelfCard:
 def build(service: Service, tab: gr.Tab) -> None:
     """Lay out and wire it; its content is made when ``tab`` is opened, and after each change."""
     card = _lay_out()
-    lists, line = [card.content, card.model], card.line
+    lists, line = [card.content, card.model, card.favourite], card.line
     shown = partial(_shown, service)
     tab.select(shown, card.model, lists, **QUIET)
     model: dict[str, Any] = {"inputs": card.model, "show_progress": "minimal", "api_visibility": "private"}
@@ -48,13 +50,14 @@ def build(service: Service, tab: gr.Tab) -> None:
     ):  # fmt: skip
         button.click(_on_a_model(partial(say, service)), outputs=line, **model)
     card.model.input(partial(_noticed, service), card.model, line, **QUIET)
-    card.favourite.click(guarded(2, partial(_favoured, service)), card.model, lists, **QUIET)
+    card.model.input(partial(_star, service), card.model, card.favourite, **DIRECT)
+    favoured = [*lists, line]
+    card.favourite.click(guarded(len(favoured), partial(_favoured, service)), card.model, favoured, **QUIET)
     card.same.click(guarded(1, partial(_same, service)), None, line, show_progress="minimal", api_visibility="private")
-    doomed = gr.State("")  # what is asked about, whatever is chosen in the menu by now
-    card.delete.click(guarded(3, partial(_ask, service)), card.model, [card.sure, card.yes, doomed], **QUIET)
-    card.no.click(lambda: gr.update(visible=False), None, card.sure, **QUIET)
-    deleted = guarded(4, partial(_deleted, service))
-    card.yes.click(deleted, doomed, [*lists, card.sure, line], **QUIET)
+    asking.wire(
+        card.sure, card.delete, partial(_ask, service), card.model, partial(_deleted, service), [], [*lists, line],
+        acts=QUIET,
+    )  # fmt: skip
 
 
 def _lay_out() -> ShelfCard:
@@ -66,24 +69,20 @@ def _lay_out() -> ShelfCard:
     with gr.Row(equal_height=True):
         model = gr.Dropdown(choices=[], label="Model", elem_id="shelf-model", scale=4, min_width=200)
     with gr.Row(elem_id="shelf-buttons"):
-        favourite, verify = button("★ Favourite", "favourite"), button("Verify", "verify")
+        favourite, verify = button(_STAR, "favourite"), button("Verify", "verify")
         repair, newer = button("Repair", "repair"), button("Look for an update", "newer")
         update, delete = button("Update", "update"), button("Delete …", "delete")
         same = button("Find duplicates", "same")
-    with gr.Row(visible=False, elem_id="shelf-sure") as sure:
-        yes = button("Delete it", "yes", variant="stop")
-        no = button("Keep it", "no")
+    sure = asking.build("shelf", "delete it", "keep it")
     line = gr.HTML(elem_id="shelf-line", padding=False)
-    return ShelfCard(
-        content, model, favourite, verify, repair, newer, update, delete, sure, yes, no, same, line
-    )  # fmt: skip
+    return ShelfCard(content, model, favourite, verify, repair, newer, update, delete, sure, same, line)
 
 
 def _on_a_model(say: Callable[[str], str]) -> Callable[..., Any]:
     """``say`` of the chosen model, where one is chosen."""
 
     def run(name: str | None) -> Any:
-        return say(name) if name else small("Choose a model first.")
+        return say(name) if name else small(_CHOOSE)
 
     return guarded(1, run)
 
@@ -91,7 +90,13 @@ def _on_a_model(say: Callable[[str], str]) -> Callable[..., Any]:
 def _shown(service: Service, chosen: str | None) -> list[Any]:
     kept = service.shelf.kept()
     names = [one.name for one in kept]
-    return [shelf_html(kept), gr.update(choices=names, value=chosen if chosen in names else None)]
+    chosen = chosen if chosen in names else None
+    return [shelf_html(kept), gr.update(choices=names, value=chosen), _star(service, chosen)]
+
+
+def _star(service: Service, name: str | None) -> Any:
+    """The button that makes the chosen model a favourite, or no longer one."""
+    return gr.update(value="☆ No favourite any more" if name in service.shelf.marks.favourites() else _STAR)
 
 
 def shelf_html(kept: list[Kept]) -> str:
@@ -148,22 +153,24 @@ def _updated(service: Service, name: str) -> str:
 
 
 def _favoured(service: Service, name: str | None) -> list[Any]:
-    if name:
-        service.shelf.favourite(name, name not in service.shelf.marks.favourites())
-    return _shown(service, name)
-
-
-def _ask(service: Service, name: str | None) -> list[Any]:
-    size = next((one.size_bytes for one in service.shelf.kept() if one.name == name), 0)
-    words = f"Delete {name} and its {format_bytes(size)}" if name else ""
-    return [gr.update(visible=bool(name)), gr.update(value=words), name or ""]
-
-
-def _deleted(service: Service, name: str | None) -> list[Any]:
     if not name:
-        return [gr.skip()] * 4
+        return [*_shown(service, name), small(_CHOOSE)]
+    service.shelf.favourite(name, name not in service.shelf.marks.favourites())
+    return [*_shown(service, name), ""]
+
+
+def _ask(service: Service, name: str | None) -> asking.Question | str:
+    if not name:
+        return _CHOOSE
+    try:
+        return asking.Question(name, f"Delete {name} and its {format_bytes(service.shelf.size_of(name))}?")
+    except LoadstoneError as error:  # it is gone already
+        return str(error)
+
+
+def _deleted(service: Service, name: str) -> list[Any]:
     size = service.shelf.delete(name)
-    return [*_shown(service, None), gr.update(visible=False), small(f"{name} is deleted: {format_bytes(size)} freed.")]
+    return [*_shown(service, None), small(f"{name} is deleted: {format_bytes(size)} freed.")]
 
 
 def _same(service: Service) -> str:

@@ -13,7 +13,7 @@ from modules.options import changed
 from modules.service import Service
 from modules.service.training import Data
 from modules.training.messages import Preview
-from modules.ui import chat_loras, perplexity_card, text_source
+from modules.ui import asking, chat_loras, perplexity_card, text_source
 from modules.ui.cards import error_box
 from modules.ui.common import DIRECT, PRIVATE, edits, small
 from modules.ui.training_form import field_updates, field_values
@@ -122,8 +122,25 @@ class Actions:
             return [error_box(error), *state_updates(self._service)]
         return ["", *state_updates(self._service)]
 
-    def discard(self, run: str | None) -> list[Any]:
-        return self.act(lambda: self._service.training.discard(run) if run else None)
+    def ask_cancel(self) -> asking.Question | str:
+        state = self._service.training.state()
+        if not state.running:
+            return "No training runs any more."
+        return asking.Question(state.name, f"Cancel {state.name} and delete all that it has learned?")
+
+    def cancel(self, name: str) -> list[Any]:
+        state = self._service.training.state()
+        if state.running and state.name == name:
+            return self.act(self._service.training.cancel)
+        return [small(f"{name} has ended already; nothing was deleted."), *state_updates(self._service)]
+
+    def ask_discard(self, run: str | None) -> asking.Question | str:
+        if not run:
+            return "Choose one first."
+        return asking.Question(run, f"Delete the unfinished training {run} with its checkpoints?")
+
+    def discard(self, run: str) -> list[Any]:
+        return self.act(lambda: self._service.training.discard(run))
 
     def _apply(self) -> None:
         name = self._service.training.state().name
@@ -167,12 +184,11 @@ def wire(tab: TrainingTab, service: Service, tabs: gr.Tabs, beside: gr.Dropdown)
     tab.unload.click(partial(actions.again, {"unload": True}), waiting, attempt, **DIRECT)
     tab.anyway.click(partial(actions.again, {"anyway": True}), waiting, attempt, **DIRECT)
     tab.no.click(actions.no, None, attempt, **DIRECT)
-    for button, action in (
-        (tab.pause, service.training.pause), (tab.keep, service.training.stop_and_keep),
-        (tab.cancel, service.training.cancel),
-    ):  # fmt: skip
+    for button, action in ((tab.pause, service.training.pause), (tab.keep, service.training.stop_and_keep)):
         button.click(partial(actions.act, action), None, state, **DIRECT)
-    tab.discard.click(actions.discard, tab.run, state, **DIRECT)
+    back = [f"#{tab.resume.elem_id}", f"#{tab.start.elem_id}"]
+    asking.wire(tab.cancelling, tab.cancel, actions.ask_cancel, None, actions.cancel, [], state, back=back)
+    asking.wire(tab.discarding, tab.discard, actions.ask_discard, tab.run, actions.discard, [], state, back=back)
     tab.apply.click(actions.apply, None, state, **DIRECT)
     tab.compare.click(actions.compare, None, [*state, tabs, beside], **DIRECT)
     tab.fix.click(actions.fix, None, state, **DIRECT)
@@ -205,9 +221,10 @@ def wire_opening(page: gr.Blocks, tab: TrainingTab) -> None:
 def follow(events: Sequence[Any], tab: TrainingTab, service: Service) -> None:
     """Show how trainings and measurements stand, on each of ``events``: the page is opened, something has changed,
     the tab is shown, before which Gradio 6.31 forgets that what it has not drawn yet is to be visible."""
-    outputs = [*tab.follows_state, *tab.perplexity.follows_state]
+    outputs = [*tab.follows_state, *tab.perplexity.follows_state, *tab.cancelling.place]
 
     def synced() -> list[Any]:
-        return [*state_updates(service), *perplexity_card.state_updates(service)]
+        over = asking.shown("") if not service.training.state().running else [gr.skip()] * len(tab.cancelling.place)
+        return [*state_updates(service), *perplexity_card.state_updates(service), *over]
 
-    gr.on(list(events), synced, None, outputs, trigger_mode="multiple", **DIRECT)
+    gr.on(list(events), synced, None, outputs, trigger_mode="always_last", **DIRECT)

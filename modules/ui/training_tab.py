@@ -13,9 +13,9 @@ from modules.options import TRAINING_OPTIONS
 from modules.service import Service
 from modules.service.training import TrainState
 from modules.training.messages import DATA_FORMATS
-from modules.ui import cards, perplexity_card, text_source
+from modules.ui import asking, cards, perplexity_card, text_source
+from modules.ui.fixes import fix_label
 from modules.ui.form import widget_value
-from modules.ui.model_tab import fix_label
 from modules.ui.remembered import Remembered
 from modules.ui.training_form import Fields, build_fields
 from modules.ui.training_views import problem_card, run_in_words, training_card
@@ -61,6 +61,8 @@ class TrainingTab:
     sync: gr.Button  # hidden; page.js clicks it when a training, or what it is for, has changed
     looked: gr.State  # whether the data that is chosen was looked at
     waiting: gr.State  # what waits for a yes: "start", or "resume NAME"
+    cancelling: asking.Asking
+    discarding: asking.Asking
 
     @property
     def inputs(self) -> list[Any]:
@@ -115,10 +117,11 @@ def build() -> TrainingTab:
             with gr.Row(elem_id="training-buttons", elem_classes="flow"):
                 pause = _button("Pause", "pause", visible="hidden")
                 keep = _button("Stop and keep", "keep", visible="hidden")
-                cancel = _button("Cancel", "cancel", variant="stop", visible="hidden")
+                cancel = _button("Cancel and delete …", "cancel", variant="stop", visible="hidden")
                 apply = _button("Apply it", "apply", variant="primary", visible="hidden")
                 compare = _button("Compare with and without it", "compare", visible="hidden")
-            runs, run, resume, discard = _unfinished()
+            cancelling = asking.build("training-cancel", "cancel and delete it", "go on with it")
+            runs, run, resume, discard, discarding = _unfinished()
             estimate = gr.HTML(elem_id="training-estimate", elem_classes="tight", padding=False)
             preview = gr.HTML(elem_id="training-preview", elem_classes="tight", padding=False)
     perplexity = perplexity_card.build()
@@ -126,7 +129,7 @@ def build() -> TrainingTab:
     return TrainingTab(
         source, data_format, name, look, fields, model, fix, start, line, unload, anyway, no, estimate, pause, keep,
         cancel, card, apply, compare, runs, run, resume, discard, preview, perplexity, sync, gr.State(False),
-        gr.State(""),
+        gr.State(""), cancelling, discarding,
     )  # fmt: skip
 
 
@@ -142,15 +145,16 @@ def _data() -> tuple[text_source.TextSource, gr.Dropdown]:
     return source, data_format
 
 
-def _unfinished() -> tuple[gr.Column, gr.Dropdown, gr.Button, gr.Button]:
+def _unfinished() -> tuple[gr.Column, gr.Dropdown, gr.Button, gr.Button, asking.Asking]:
     with gr.Column(visible="hidden", elem_id="training-runs") as runs:
         run = gr.Dropdown(
             choices=[], label="Unfinished trainings", elem_id="training-run", interactive=True,
             info="Paused, or ended by a crash: each goes on from its last checkpoint.",
         )  # fmt: skip
         with gr.Row(elem_id="training-run-buttons", elem_classes="flow"):
-            resume, discard = _button("Resume", "resume"), _button("Delete it", "discard")
-    return runs, run, resume, discard
+            resume, discard = _button("Resume", "resume"), _button("Delete …", "discard")
+        discarding = asking.build("training-discard", "delete it", "keep it")
+    return runs, run, resume, discard, discarding
 
 
 def _button(text: str, name: str, **more: object) -> gr.Button:
@@ -164,9 +168,11 @@ def state_updates(service: Service) -> list[Any]:
     """Updates for ``tab.follows_state``: the same in every tab of every browser."""
     state = service.training.state()
     problem = None if state.running else service.training.problem({})
+    loaded = service.snapshot().loaded
+    fix = fix_label(problem, loaded.order.options if loaded else None)
     return [
         model_line(service, state, problem),
-        gr.update(visible=_seen(bool(problem and problem.fix)), value=fix_label(problem)),
+        gr.update(visible=_seen(bool(problem and problem.fix)), value=fix),
         training_card(state),
         gr.update(interactive=not state.running),
         *[gr.update(visible=_seen(state.running))] * 3,

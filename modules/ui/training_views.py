@@ -125,9 +125,9 @@ def training_card(state: TrainState) -> str:
     head = f"{word}: {state.name}" if state.phase is not Phase.DONE else f"{state.name} is in the LoRA menu"
     parts = [
         f'<div class="card {css}" data-phase="{state.phase}"><div class="card-head">',
-        f'<span class="dot {css}" aria-hidden="true"></span><b>{escape(head)}</b></div>',
+        f'<span class="dot {css}" aria-hidden="true"></span><b role="status">{escape(head)}</b></div>',
         _bar(state) if state.running else "",
-        f'<div role="status">{small(numbers)}</div>' if (numbers := _numbers(state)) and not state.trained else "",
+        small(numbers) if (numbers := _numbers(state)) and not state.trained else "",
         curve(state.steps, state.evaluations, state.total_steps),
         _result(state.trained) if state.trained else "",
         error_box(state.error) if state.error and state.phase is Phase.FAILED else "",

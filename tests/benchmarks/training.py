@@ -110,6 +110,7 @@ def _answers(data: Path) -> list[float]:
                     taken.append(time.perf_counter() - begun)
                     page.wait_for_timeout(50)
                 page.locator("#training-cancel").click()
+                page.locator("#training-cancel-yes").click()
                 page.get_by_text("Cancelled: measured").wait_for(timeout=60_000)
     return taken
 

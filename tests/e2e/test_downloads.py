@@ -157,6 +157,7 @@ def test_the_shelf_verifies_and_deletes(hub: Hub, shared: Server, open_page: Cal
     page.get_by_role("option", name="tester_medium", exact=True).click()
     page.locator("#shelf-favourite").click()
     expect(page.locator("#shelf")).to_contain_text("★ tester_medium")
+    expect(page.locator("#shelf-favourite")).to_contain_text("No favourite any more")
     page.locator("#shelf-verify").click()
     expect(page.locator("#shelf-line")).to_contain_text("all 5 files are what the Hub has")
     page.locator("#shelf-newer").click()
@@ -171,7 +172,8 @@ def test_the_shelf_verifies_and_deletes(hub: Hub, shared: Server, open_page: Cal
     expect(page.locator("#shelf-line")).to_contain_text("Update available")
     branches["main"] = old
     page.locator("#shelf-delete").click()
-    expect(page.locator("#shelf-yes")).to_contain_text("Delete tester_medium and its 20 MB")
+    expect(page.locator("#shelf-question")).to_contain_text("Delete tester_medium and its 20 MB?")
+    expect(page.get_by_role("button", name="No, keep it")).to_be_focused()
     page.locator("#shelf-yes").click()
     expect(page.locator("#shelf-line")).to_contain_text("is deleted")
     assert not (shared.home / "models" / "tester_medium").exists()

@@ -119,3 +119,17 @@ def test_a_failed_load_brings_the_running_model_back(launch: Callable[..., Serve
     info = server.wait_state("ready", "failed")
     assert info["model_name"] == before["model_name"]
     assert info["options"] == before["options"]
+
+
+def test_a_server_that_hangs_is_told_of_and_what_happened_meanwhile_is_shown(
+    launch: Callable[..., Server], open_page: Callable[..., Page]
+) -> None:
+    server = launch("--no-warm-worker")
+    page = open_page(server)
+    expect(page.locator("#status")).to_contain_text("No model loaded")
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        expect(page.locator("#lost")).to_be_visible(timeout=30_000)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    expect(page.locator("#lost")).to_be_hidden(timeout=10_000)

@@ -118,6 +118,7 @@ def test_what_another_tab_applies_is_shown_and_reload_keeps_it(server: Server, o
     expect(page.locator("#card")).to_contain_text("Ready", timeout=LOAD_MS)
     expect(line(page)).to_contain_text("lantern 0.5 active")
     page.locator("#forget").click()
+    page.locator("#forget-yes").click()
     assert server.call("/v1/internal/lora/unload", {})[0] == 200
 
 

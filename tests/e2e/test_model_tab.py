@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, Request, expect
+from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from tests import checkpoints
 from tests.conftest import wait_until
@@ -135,6 +135,48 @@ def test_autoload_loads_what_is_selected_and_is_remembered(server: Server, open_
     expect(page.locator("#card")).to_contain_text(f"Ready · {NAME}", timeout=LOAD_MS)
 
 
+def test_autoload_says_so_where_something_is_loading(
+    server: Server, open_page: Callable[..., Page], gate: Gate
+) -> None:
+    page = open_page(server)
+    select_model(page, GATED)
+    page.locator("#autoload input").check()
+    page.locator("#load").click()
+    expect(page.locator("#load")).to_be_disabled()
+    choose(page, SMALL)
+    expect(page.get_by_text(f"Loadstone is loading {GATED}").first).to_be_visible()
+    gate.open()
+    expect(page.locator("#card")).to_contain_text(f"Ready · {GATED}", timeout=LOAD_MS)
+
+
+def test_a_choice_that_is_taken_back_before_the_answer_counts(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    select_model(page)
+    held: list[Route] = []
+    holding = True
+
+    def hold(route: Route) -> None:
+        held.append(route) if holding else route.continue_()
+
+    page.route("**/gradio_api/run/**", hold)
+    choose(page, SMALL)
+    while not held:
+        page.wait_for_timeout(20)
+    choose(page, NAME)
+    page.wait_for_timeout(300)  # the second choice is told of, or is not
+    holding = False
+    for route in held:
+        route.continue_()
+    expect(page.locator("#summary [data-model]")).to_have_attribute("data-model", NAME)
+    page.wait_for_timeout(1000)  # the answers to both have come
+    expect(page.locator("#summary [data-model]")).to_have_attribute("data-model", NAME)
+
+
+def choose(page: Page, name: str) -> None:
+    page.locator("#model input").click()
+    page.get_by_role("option", name=re.compile(rf"^{re.escape(name)} · ")).click()
+
+
 # --- saved settings ---
 
 
@@ -147,9 +189,21 @@ def test_forget_brings_the_defaults_back(server: Server, open_page: Callable[...
     expect(page.get_by_text(f"Saved for {SMALL}")).to_be_visible()
     assert "ctx_size: 48" in saved.read_text()
     expect(page.locator("#summary")).to_contain_text("from saved")  # the form has been shown anew
+    expect(page.locator("#forget-ask")).to_be_hidden()
     page.locator("#forget").click()
+    expect(page.locator("#forget-question")).to_contain_text(f"Forget the settings saved for {SMALL}?")
+    page.locator("#forget-no").click()
+    expect(page.locator("#forget-ask")).to_be_hidden()
+    expect(page.locator("#forget")).to_be_focused()
+    assert saved.exists()
+    page.locator("#forget").click()
+    page.locator("#forget-yes").click()
     expect(field(page, "ctx_size")).to_have_value("")
+    expect(page.locator("#forget")).to_be_focused()
     assert not saved.exists()
+    page.locator("#forget").click()
+    expect(page.locator("#forget-question")).to_contain_text("Nothing is saved")
+    expect(page.locator("#forget-ask")).to_be_hidden()
 
 
 def test_settings_of_another_program_are_imported(server: Server, open_page: Callable[..., Page]) -> None:
@@ -315,6 +369,39 @@ def test_escape_cancels_a_load(server: Server, open_page: Callable[..., Page]) -
     expect(page.locator("#cancel")).to_be_hidden()
     expect(page.locator("#load")).to_be_enabled()
     assert server.info()["model_name"] is None
+
+
+def test_a_load_is_cancelled_from_every_tab(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    select_model(page, GATED)
+    page.locator("#load").click()
+    expect(page.locator("#cancel")).to_be_visible()
+    expect(page.locator("#cancel-load")).to_be_hidden()
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#cancel-load").click()
+    server.wait_state("cancelled", "empty", timeout_s=10)
+    expect(page.locator("#cancel-load")).to_be_hidden()
+    server.load(GATED, wait=False)
+    expect(page.locator("#cancel-load")).to_be_visible()
+    page.keyboard.press("Escape")
+    server.wait_state("cancelled", "empty", timeout_s=10)
+
+
+def test_what_is_unfolded_stays_so_while_it_changes(server: Server, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    select_model(page, SMALL)
+    plan = page.locator("#fit details.plan")
+    plan.locator("summary").click()
+    expect(plan).to_have_attribute("open", "")
+    for tokens in ("64", "96"):
+        before = page.locator("#fit").text_content() or ""
+        field(page, "ctx_size").fill(tokens)
+        expect(page.locator("#fit")).not_to_have_text(before)
+        expect(plan).to_have_attribute("open", "")
+    plan.locator("summary").click()
+    field(page, "ctx_size").fill("80")
+    page.wait_for_timeout(1000)
+    assert plan.get_attribute("open") is None
 
 
 def test_escape_in_the_open_menu_closes_only_the_menu(

@@ -41,8 +41,29 @@ def test_the_session_tab_lists_copies_and_deletes_one(
     expect(page.locator("#session")).to_contain_text("nf4, 3 MB, made")
     expect(page.locator("#copy input")).to_have_value("one, nf4")
     page.locator("#copy-delete").click()
+    expect(page.locator("#copy-question")).to_contain_text("Delete the copy one, nf4, 3 MB?")
+    page.locator("#copy-no").click()
+    expect(page.locator("#copy-ask")).to_be_hidden()
+    expect(page.locator("#copy-delete")).to_be_focused()
+    assert len(copies.copies(cache)) == 2
+    choose_copy(page, "other, nf4")
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("tab", name="Session").click()
+    page.locator("#session-refresh").click()
+    expect(page.locator("#copy input")).to_have_value("other, nf4")  # and not the first one again
+    choose_copy(page, "one, nf4")
+    page.locator("#copy-delete").click()
+    page.locator("#copy-yes").click()
     expect(page.locator("#session")).not_to_contain_text("3 MB, made")
     assert [copy.path for copy in copies.copies(cache)] == [other]
     page.locator("#copy-delete").click()
+    page.locator("#copy-yes").click()
     expect(page.locator("#copy-delete")).to_be_hidden()
+    expect(page.locator("#session-refresh")).to_be_focused()
     assert copies.copies(cache) == []
+
+
+def choose_copy(page: Page, label: str) -> None:
+    page.locator("#copy input").click()
+    page.get_by_role("option", name=label).click()
+    expect(page.locator("#copy input")).to_have_value(label)

@@ -197,8 +197,46 @@ def test_a_paused_training_stands_among_the_unfinished_and_a_name_is_not_taken_t
     expect(page.locator("#training-card")).to_contain_text("Paused: lanterns", timeout=TRAIN_MS)
     expect(page.locator("#training-runs")).to_be_visible()
     expect(page.locator("#training-run input")).to_have_value(re.compile("lanterns · on .* · step "))  # the only one
+    expect(page.locator("#training-discard-ask")).to_be_hidden()
     page.locator("#training-discard").click()
+    expect(page.locator("#training-discard-question")).to_contain_text("Delete the unfinished training lanterns")
+    page.locator("#training-discard-no").click()
+    expect(page.locator("#training-discard")).to_be_focused()
+    page.locator("#training-resume").click()
+    expect(page.locator("#training-cancel")).to_be_visible(timeout=TRAIN_MS)
+    page.locator("#training-cancel").click()
+    expect(page.locator("#training-cancel-question")).to_contain_text(
+        "Cancel lanterns and delete all that it has learned?"
+    )
+    page.locator("#training-cancel-no").click()
+    expect(page.locator("#training-cancel-ask")).to_be_hidden()
+    page.locator("#training-cancel").click()
+    page.locator("#training-pause").click()  # what is asked about is over by itself
+    expect(page.locator("#training-card")).to_contain_text("Paused: lanterns", timeout=TRAIN_MS)
+    expect(page.locator("#training-cancel-ask")).to_be_hidden()
+    page.locator("#training-resume").click()
+    expect(page.locator("#training-cancel")).to_be_visible(timeout=TRAIN_MS)
+    page.locator("#training-cancel").click()
+    page.locator("#training-cancel-yes").click()
+    expect(page.locator("#training-card")).to_contain_text("Cancelled: lanterns", timeout=TRAIN_MS)
+    expect(page.locator("#training-start")).to_be_focused()
+    assert not (server.home / "models" / ".cache" / "training" / "lanterns").exists()
     expect(page.locator("#training-runs")).to_be_hidden()
+
+
+def test_an_unfinished_training_is_deleted_after_a_yes(server: Server, open_page: Callable[..., Page]) -> None:
+    page = training(open_page(server))
+    paste(page, lesson("Nine paper boats."))
+    set_options(page, cutoff=64, rank=2, max_steps=500)
+    page.locator("#training-name").locator("input, textarea").fill("boats")
+    page.locator("#training-start").click()
+    expect(page.locator("#training-card")).to_contain_text("step ", timeout=TRAIN_MS)
+    page.locator("#training-pause").click()
+    expect(page.locator("#training-runs")).to_be_visible(timeout=TRAIN_MS)
+    page.locator("#training-discard").click()
+    page.locator("#training-discard-yes").click()
+    expect(page.locator("#training-runs")).to_be_hidden()
+    expect(page.locator("#training-start")).to_be_focused()
 
 
 def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_page: Callable[..., Page]) -> None:
@@ -216,6 +254,8 @@ def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_pag
     expect(row).to_contain_text("128")
     expect(row).to_contain_text("bfloat16" if BF16 else "CPU only")
     page.locator("#perplexity-forget").click()
+    expect(page.locator("#perplexity-forget-question")).to_contain_text("Empty the table, with 1 measurement?")
+    page.locator("#perplexity-forget-yes").click()
     expect(page.locator("#perplexity-table")).to_contain_text("Nothing measured yet")
 
 
