@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from modules.errors import AdapterError, BrokenCheckpoint, NotAModel, UnsafeCheckpoint
+from modules.errors import AdapterError, BrokenCheckpoint, NotAModel, UnsafeCheckpoint, UnsupportedModel
 
 # The names under which transformers looks for weights in a folder: one file, or the index of many.
 WEIGHT_FILES: Mapping[str, tuple[str, str]] = {
@@ -35,6 +35,21 @@ OTHER_WEIGHTS: Mapping[str, str] = {
     ".ot": "Rust weights", ".tflite": "TensorFlow Lite weights", ".mlmodel": "Core ML weights", ".npz": "MLX weights",
     ".mlpackage": "Core ML weights", ".nemo": "NeMo weights", ".exl2": "ExLlama weights",
 }  # fmt: skip
+# The quantizations that transformers 5.23 reads, as checkpoints name them (transformers/quantizers/auto.py,
+# AUTO_QUANTIZATION_CONFIG_MAPPING, with one name for both of bitsandbytes).
+QUANTIZATIONS = frozenset({
+    "aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8", "fouroversix",
+    "fp8", "fp_quant", "gemma", "gguf", "gptq", "higgs", "hqq", "metal", "mxfp4", "mxfp8", "nvfp4", "quanto", "quark",
+    "sinq", "spqr", "torchao", "vptq",
+})  # fmt: skip
+# Those that it does not read: what they are called, and what takes them.
+OTHER_QUANTIZATIONS: Mapping[str, tuple[str, str]] = {
+    "exl2": ("EXL2", "exllamav2, for example in TabbyAPI"),
+    "exl3": ("EXL3", "exllamav3, for example in TabbyAPI"),
+    "mlx": ("MLX", "mlx-lm, on Apple computers"),
+    "modelopt": ("ModelOpt", "vLLM, SGLang or TensorRT-LLM"),
+}
+UNNAMED_QUANTIZATION = "unknown"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _MAX_JSON_BYTES = 64 << 20  # the index of a thousand experts' tensors takes half of it
 _MAX_DIGITS = 50  # of a whole number; the largest that is in use, the lowest float32, has 39
@@ -67,6 +82,22 @@ def check_files(path: Path, file_format: str) -> None:
             safetensors_header(file)
         else:
             _check_pickle(file)
+
+
+def refuse_quantization(name: str, method: str) -> None:
+    """Raises UnsupportedModel where no loader takes a model quantized so; ``method`` is "" for plain weights."""
+    if not method or method in QUANTIZATIONS:
+        return
+    other = "or get the model as plain safetensors, as GPTQ or AWQ, or as a .gguf file."
+    if method in OTHER_QUANTIZATIONS:
+        called, taken_by = OTHER_QUANTIZATIONS[method]
+        raise UnsupportedModel(
+            f"{name} is quantized as {called}, which no loader here takes.", f"It is for {taken_by}. Use that, {other}"
+        )
+    said = "in a way that its files do not name" if method == UNNAMED_QUANTIZATION else f"with {method!r}"
+    raise UnsupportedModel(
+        f"{name} is quantized {said}, which no loader here takes.", f"Use the program that it was made for, {other}"
+    )
 
 
 def weight_files(path: Path, file_format: str) -> list[Path]:

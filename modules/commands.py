@@ -17,6 +17,7 @@ from modules.protocol import Done, Piece
 from modules.service import Service
 from modules.service.training import Data, Phase, Training, TrainState
 from modules.settings import read_values
+from modules.supervisor import LOAD_STATES, Snapshot
 from modules.training.messages import TrainOrder
 from modules.units import counted, format_bytes, format_seconds
 
@@ -68,7 +69,7 @@ def prompt(service: Service, text: str, *, raw: bool, anyway: bool = False) -> i
     if not text:
         raise UserError("--prompt has no text.", "Give the text to answer in quotation marks.")
     service.load(_model_for("--prompt", service), source="command line", anyway=anyway)
-    snapshot = service.supervisor.wait_loaded()
+    snapshot = _loaded(service)
     if snapshot.error or snapshot.loaded is None:
         raise snapshot.error or UserError("Nothing was loaded.")
     report = snapshot.loaded.report
@@ -87,7 +88,24 @@ def prompt(service: Service, text: str, *, raw: bool, anyway: bool = False) -> i
             print(flush=True)
             speed = chunk.completion_tokens / chunk.seconds if chunk.seconds else 0
             say(f"{chunk.completion_tokens} tokens, {speed:.1f} tokens/s")
+            if chunk.left_out:
+                say(f"note: {chunk.left_out}")
     return 0
+
+
+def _loaded(service: Service) -> Snapshot:
+    """The snapshot when the load is over. Until then a terminal shows how far it is, on one line that goes away."""
+    if not sys.stderr.isatty():
+        return service.supervisor.wait_loaded()
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{desc}", leave=False) as line:
+        while (snapshot := service.snapshot()).state in LOAD_STATES:
+            if progress := snapshot.progress:
+                share = f", {100 * progress.done // progress.total} %" if progress.total else ""
+                line.set_description_str(f"{snapshot.order.name if snapshot.order else ''}: {progress.stage}{share}")
+            service.supervisor.wait(snapshot.version, _POLL_S)
+    return service.supervisor.wait_loaded()
 
 
 def download(service: Service, text: str, pattern: str = "") -> int:

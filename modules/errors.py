@@ -167,7 +167,7 @@ class NothingLoaded(UserError):
     kind = "nothing_loaded"
     status = 409
     title = "No model is loaded"
-    remedy = "Load a model on the Model tab first."
+    remedy = "Load a model on the Model tab first; guests wait until that is done."
 
 
 class Busy(UserError):

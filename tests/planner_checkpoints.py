@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import kept, llama_config, new_model
+from tests.checkpoints import copied, kept, llama, llama_config, new_model
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -168,6 +168,15 @@ def mxfp4() -> Path:
 def _write_config(folder: Path, source: Path, quantization: Mapping[str, Any]) -> None:
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(quantization)}))
+
+
+def quantized_by(method: str, target: Path) -> Path:
+    """A copy of a plain checkpoint whose config.json claims to be quantized by ``method``, as its kind says so."""
+    config = json.loads((copied(llama(), target) / "config.json").read_text())
+    stored = {"quant_method": method, "bits": 4}
+    how = {"quantization": {"group_size": 64, "bits": 4}} if method == "mlx" else {"quantization_config": stored}
+    (target / "config.json").write_text(json.dumps(config | how))
+    return target
 
 
 def write_headers(folder: Path, config: Mapping[str, Any], shards: list[dict[str, tuple[int, ...]]]) -> None:

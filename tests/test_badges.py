@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from modules.devices import Machine
+from modules.devices import Gpu, Machine
 from modules.library import Library, Model, ModelFacts
+from modules.options import LoadOptions, context_tokens
+from modules.planner import plan
 from modules.service.badges import Badges, badge
-from tests import checkpoints
+from tests import checkpoints, planner_checkpoints
 
 ROOMY = Machine(gpus=(), ram_total_bytes=64 * 2**30, ram_free_bytes=60 * 2**30, disk_free_bytes=2**40)
 
@@ -21,6 +23,32 @@ ROOMY = Machine(gpus=(), ram_total_bytes=64 * 2**30, ram_free_bytes=60 * 2**30, 
 def test_badges_of_the_demo_model(demo_model: Path, free_mib: int, word: str) -> None:
     facts = Library([demo_model.parent]).facts(demo_model.name)
     assert badge(facts, replace(ROOMY, ram_free_bytes=free_mib * 2**20)) == word
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "word"), [(23_000, "fits"), (1030, "fits in 4-bit"), (990, "with offload"), (100, "too large")]
+)
+def test_a_badge_says_what_lies_beside_the_gpu(demo_model: Path, free_mib: int, word: str) -> None:
+    facts = Library([demo_model.parent]).facts(demo_model.name)
+    assert badge(facts, replace(ROOMY, gpus=(gpu(free_mib * 2**20),))) == word
+
+
+def test_already_quantized_weights_beside_the_gpu_are_an_offload() -> None:
+    facts = Library([checkpoints.gptq().parent]).facts(checkpoints.gptq().name)
+    tokens = context_tokens(LoadOptions(), facts.context_tokens)
+    roomy = replace(ROOMY, gpus=(gpu(24 * 2**30),))
+    needed = plan(facts, LoadOptions(), roomy, ctx_tokens=tokens).devices[0].total_bytes
+    assert badge(facts, roomy) == "fits"
+    assert badge(facts, replace(ROOMY, gpus=(gpu(needed - 1),))) == "with offload"
+
+
+def gpu(free_bytes: int) -> Gpu:
+    return Gpu(0, "simulated", "0", 24 * 2**30, free_bytes)
+
+
+def test_what_no_loader_takes_says_so(tmp_path: Path) -> None:
+    planner_checkpoints.quantized_by("exl2", tmp_path / "exl2")
+    assert Badges(Library([tmp_path])).all(ROOMY, budget_s=30) == {"exl2": "no loader takes this model"}
 
 
 def test_a_broken_model_says_so_and_a_spent_budget_leaves_the_rest(tmp_path: Path, demo_model: Path) -> None:

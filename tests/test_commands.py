@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modules.training import runs
-from tests import checkpoints, lora_files, loras, trainings
+from tests import checkpoints, lora_files, loras, planner_checkpoints, trainings
 from tests.conftest import ROOT, wait_until
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -28,6 +32,14 @@ def command(home: Path, *words: str) -> list[str]:
 def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     line = command(home, *words)
     return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("command", [["--prompt", "hi"], ["--plan"]])
+def test_a_quantization_that_no_loader_takes_is_refused(tmp_path: Path, command: list[str]) -> None:
+    done = run(tmp_path, "--model", str(planner_checkpoints.quantized_by("exl2", tmp_path / "packed")), *command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "packed is quantized as EXL2, which no loader here takes." in done.stderr
+    assert "exllamav2" in done.stderr
 
 
 @pytest.mark.parametrize("command", [["--prompt", "hi"], ["--plan"]])
@@ -67,6 +79,77 @@ def test_a_prompt_tells_on_stderr_what_had_no_effect(tmp_path: Path, demo_model:
     assert "Paris" in done.stdout
     assert "note:" not in done.stdout
     assert "note: --disable_exllama has no effect here." in done.stderr
+
+
+def test_a_prompt_says_what_was_cut_and_shows_progress_on_a_terminal_alone(tmp_path: Path) -> None:
+    words = command(tmp_path, "--model", str(checkpoints.gpt2()), "--max-new-tokens", "4", "--prompt", "word " * 300)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    shown = b""
+    with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=theirs):
+        os.close(theirs)
+        with suppress(OSError):  # the end, on Linux
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert b"gpt2-1: " in shown
+    assert b"note: of the front, " in shown
+    quiet = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
+    assert "gpt2-1: " not in quiet.stderr
+
+
+def damaged(home: Path) -> Path:
+    """A model that only the worker finds to lack tensors."""
+    folder = checkpoints.copied(checkpoints.gpt2(), home / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "h.1" not in name}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    return folder
+
+
+def test_the_details_of_an_error_are_for_verbose(tmp_path: Path) -> None:
+    words = ("--model", str(damaged(tmp_path)), "--prompt", "hi")
+    brief, full = run(tmp_path, *words), run(tmp_path, *words, "--verbose")
+    assert (brief.returncode, full.returncode) == (2, 2)
+    assert brief.stderr.splitlines()[-1] == "--verbose shows the details."
+    assert "newly initialized" not in brief.stderr
+    assert "newly initialized" in full.stderr
+
+
+@pytest.mark.parametrize(("make", "said"), [(damaged, "was not loaded: The files of damaged lack"), (None, "is ready")])
+def test_a_server_says_how_the_load_of_its_model_ended(
+    tmp_path: Path, make: Callable[[Path], Path] | None, said: str
+) -> None:
+    folder = make(tmp_path) if make else checkpoints.gpt2()
+    log = tmp_path / "log"
+    words = command(tmp_path, "--model", str(folder), "--listen-port", "0")
+    with log.open("w") as stderr:
+        server = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr)
+    try:
+        wait_until(lambda: f"{folder.name} {said}" in log.read_text(), 120)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_settings_file_that_is_named_and_not_there_ends_the_start(tmp_path: Path, demo_model: Path) -> None:
+    words = ["--model", str(demo_model), "--plan"]
+    missing = tmp_path / "secure.yaml"
+    done = run(tmp_path, *words, "--settings", str(missing))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--settings names {missing}, which is not there." in done.stderr
+    assert run(tmp_path, *words).returncode == 0  # the usual one may be missing
+    missing.write_text("ctx_size: 1024\n")
+    assert run(tmp_path, *words, "--settings", str(missing)).returncode == 0
+
+
+def test_folders_that_are_not_there_are_told_and_nothing_else_changes(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(f"lora_dir: {tmp_path / 'my drive'}\n")
+    done = run(tmp_path, "--model", str(demo_model), "--plan", "--model-dir", str(tmp_path / "gone"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"--model-dir names {tmp_path / 'gone'}, which is no folder here now." in done.stderr
+    assert f"--lora-dir names {tmp_path / 'my drive'}, which is no folder here now." in done.stderr
+    assert done.stderr.count("which is no folder") == 2
 
 
 def test_a_prompt_is_answered_with_loras_of_another_folder(tmp_path: Path, demo_model: Path) -> None:

@@ -83,8 +83,22 @@ def test_shards_and_pickles_hold_the_same_model() -> None:
 def test_models_of_other_kinds() -> None:
     gpt2, t5, gemma = (facts(f()) for f in (checkpoints.gpt2, checkpoints.t5, checkpoints.gemma3))
     assert (gpt2.has_rope, gpt2.rope_theta, gpt2.context_tokens) == (False, 0.0, 128)
+    assert (gpt2.positions, t5.positions, gemma.positions) == (128, 0, 0)
     assert (t5.task, t5.has_rope, t5.has_slow_tokenizer) == ("seq2seq", False, True)
     assert (gemma.has_rope, gemma.rope_theta, gemma.rope_scaling) == (True, 1_000_000.0, "linear")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "positions"),
+    [("opt", {"n_ctx": 2048}, 2048), ("roberta", {"n_ctx": 514, "pad_token_id": 1}, 512), ("bloom", {"n_ctx": 2048}, 0),
+     ("mpt", {"n_ctx": 2048}, 0), ("gpt2", {}, 0)],
+)  # fmt: skip
+def test_how_many_positions_there_are(
+    copy: Callable[[Path], Path], kind: str, config: dict[str, int], positions: int
+) -> None:
+    folder = copy(checkpoints.gpt2())
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, **config}))
+    assert facts(folder).positions == positions
 
 
 def test_circumstances(demo_model: Path) -> None:
@@ -328,12 +342,20 @@ def test_context(config: dict[str, Any], tokens: int) -> None:
         ({"quant_method": "compressed-tensors"}, {}, ("compressed-tensors", "compressed-tensors", 0)),
         (None, {"bits": 4, "group_size": 128, "desc_act": False}, ("gptq", "4-bit GPTQ", 4)),
         (None, {"w_bit": 4, "q_group_size": 128}, ("awq", "4-bit AWQ", 4)),
+        ({"group_size": 64, "bits": 4, "mode": "affine"}, {}, ("mlx", "4-bit MLX", 4)),
+        ({"quant_method": "exl2", "bits": 4.5}, {}, ("exl2", "EXL2", 0)),
+        ({"odd": 1}, {}, ("unknown", "unknown", 0)),
         (None, {}, ("", "", 0)),
         ("odd", {}, ("", "", 0)),
     ],
 )
 def test_quantization(stored: object, legacy: dict[str, Any], expected: tuple[str, str, int]) -> None:
     assert reading.quantization({"quantization_config": stored}, legacy) == expected
+
+
+def test_what_older_mlx_says_in_a_place_of_its_own() -> None:
+    assert reading.quantization({"quantization": {"group_size": 64, "bits": 4}}, {}) == ("mlx", "4-bit MLX", 4)
+    assert reading.quantization({"quantization": "none"}, {}) == ("", "", 0)
 
 
 def test_attention_sizes() -> None:

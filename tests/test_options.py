@@ -155,6 +155,10 @@ class TestParse:
     def test_values_as_people_write_them(self, name: str, value: Any, parsed: Any) -> None:
         assert LOAD_OPTIONS[name].parse(value) == parsed
 
+    @pytest.mark.parametrize("word", ["transformers", "TRANSFORMERS", "Transformers"])
+    def test_a_choice_counts_whatever_its_letters_case(self, word: str) -> None:
+        assert LOAD_OPTIONS["loader"].parse(word) == "Transformers"
+
     def test_a_wrong_choice_names_the_nearest(self) -> None:
         with pytest.raises(OptionError, match="--quant_type does not know 'nf5'") as error:
             LOAD_OPTIONS["quant_type"].parse("nf5")
@@ -169,6 +173,8 @@ class TestParse:
         with pytest.raises(OptionError, match="no option 'bf61'") as error:
             parse_values(LOAD_OPTIONS, {"bf61": True})
         assert "bf16" in error.value.hint
+        with pytest.raises(OptionError, match="ctx_size is given twice"):
+            parse_values(LOAD_OPTIONS, {"ctx-size": 1, "ctx_size": 2})
 
 
 class TestCheck:
@@ -212,7 +218,19 @@ class TestCheck:
             ({"bf16": True}, Circumstances(quantization="awq"), "--bf16 has no effect here. The checkpoint is already"),
             ({"quant_type": "fp4"}, Circumstances(), "--quant_type has no effect here. Only with load-in-4bit."),
             ({"disable_exllama": True}, Circumstances(model_chosen=True), "not a GPTQ checkpoint"),
-            ({"use_fast": False}, Circumstances(model_chosen=True), "only one kind of tokenizer"),
+            ({"use_fast": False}, Circumstances(model_chosen=True), "only the fast form of its tokenizer"),
+            (
+                {"use_fast": False},
+                Circumstances(model_chosen=True, has_fast_tokenizer=False, has_slow_tokenizer=True),
+                "SentencePiece file is used as it is",
+            ),
+            ({"load_in_4bit": True, "disk": True}, Circumstances(), "--disk has no effect here. Layers that are quant"),
+            ({"disk": True}, Circumstances(quantization="bitsandbytes"), "--disk has no effect here. Layers that bits"),
+            (
+                {"cpu_memory": 4.0},
+                dataclasses.replace(TWO_GPUS, quantization="bitsandbytes"),
+                "--cpu-memory has no effect here.",
+            ),
             ({"trust_remote_code": True}, Circumstances(model_chosen=True), "brings no Python code"),
             ({"ctx_size": 9000}, Circumstances(context_tokens=8192), "9,000 tokens is beyond the model's 8,192"),
         ],
@@ -221,6 +239,36 @@ class TestCheck:
         options = LoadOptions(**values)
         with_values = dataclasses.replace(circumstances, values=dataclasses.asdict(options))
         assert any(note in said for said in check(options, with_values))
+
+    @pytest.mark.parametrize(
+        ("values", "circumstances"),
+        [
+            ({"load_in_4bit": True, "cpu_memory": 4.0}, Circumstances()),
+            ({"load_in_4bit": True, "disk": True, "cpu_memory": 4.0}, TWO_GPUS),
+            ({"cpu_memory": 4.0}, Circumstances(quantization="bitsandbytes")),
+            ({"use_fast": False}, Circumstances(model_chosen=True, has_slow_tokenizer=True)),
+            ({"ctx_size": 9000, "rope_freq_base": 1e6}, Circumstances(context_tokens=8192)),
+        ],
+    )
+    def test_what_has_its_effect_is_not_remarked_on(self, values: dict[str, Any], circumstances: Circumstances) -> None:
+        options = LoadOptions(**values)
+        assert check(options, dataclasses.replace(circumstances, values=dataclasses.asdict(options))) == ()
+
+    @pytest.mark.parametrize(
+        ("values", "has_rope", "advised"),
+        [
+            ({}, True, True),
+            ({}, False, False),
+            ({"alpha_value": 1.2}, True, True),
+            ({"compress_pos_emb": 2.0}, True, False),
+        ],
+    )
+    def test_alpha_value_is_advised_where_it_can_be_had(
+        self, values: dict[str, Any], has_rope: bool, advised: bool
+    ) -> None:
+        [note] = check(LoadOptions(ctx_size=90_000, **values), Circumstances(context_tokens=8192, has_rope=has_rope))
+        assert "is beyond the model's" in note
+        assert ("alpha_value" in note) == advised
 
     def test_gpu_memory_counts_the_gpus(self) -> None:
         check(LoadOptions(gpu_memory=(10.0, 6.0)), TWO_GPUS)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from modules.devices import Gpu, Machine
 from modules.library import Library
 from modules.options import LoadOptions
 from modules.planner import DEFAULT, Calibration, Checkpoint, Plan, from_facts, plan, read_checkpoint
+from modules.planner.offload import offload_of
+from modules.planner.placement import Placement
+from modules.planner.solving import Question, solve
 from tests import checkpoints, planner_checkpoints
 from tests.conftest import ROOT
 
@@ -112,6 +116,44 @@ def test_what_does_not_fit_on_the_gpu_goes_to_ram_and_its_cache_stays(llama_70b:
     assert gpu.total_bytes <= gpu.cap_bytes
 
 
+def test_what_lies_in_ram_beside_a_gpu_is_said_with_its_cost_and_what_would_spare_it(llama_70b: Checkpoint) -> None:
+    planned = plan(llama_70b, LoadOptions(), machine(48, ram=160), ctx_tokens=4096)
+    count = sum(1 for module, key in planned.device_map.items() if key == "cpu" and ".layers." in module)
+    seconds = planned.devices[1].weights_bytes / DEFAULT.ram_to_gpu_bytes_per_s
+    assert planned.fits
+    assert planned.offloaded == f"{count} of 80 layers in RAM: each token takes {seconds:.1f} s longer, or more"
+    [note] = [note for note in planned.notes if f"{count} of 80 layers in RAM" in note]
+    assert f"{seconds:.1f} s longer" in note
+    [way] = planned.suggestions
+    assert way.options == {"load_in_4bit": True, "load_in_8bit": False, "bf16": False}
+    assert "all on the GPU" in way.text
+
+
+def test_embeddings_alone_in_ram_are_said_too() -> None:
+    checkpoint = read_checkpoint(planner_checkpoints.checkpoint("llama"))
+    answer = solve(Question(checkpoint, LoadOptions(), machine(1), 16, DEFAULT))
+    on_gpu = answer.placement.devices
+    away = offload_of(replace(answer, placement=Placement((*on_gpu[:-1], "cpu"))), DEFAULT)
+    assert (away.kept, away.longer) == ("a part of the model in RAM", "1 ms")
+
+
+def test_already_quantized_weights_in_ram_are_told_of_without_4_bit() -> None:
+    checkpoint = read_checkpoint(checkpoints.gptq())
+    needed = plan(checkpoint, LoadOptions(), machine(1), ctx_tokens=16).devices[0].total_bytes
+    planned = plan(checkpoint, LoadOptions(), machine((needed - 1) / GIB, ram=4), ctx_tokens=16)
+    assert "in RAM" in planned.offloaded
+    assert planned.suggestions == ()
+
+
+def test_spare_context_does_not_push_layers_off_the_gpu(llama_70b: Checkpoint) -> None:
+    setting = machine(140, ram=256)
+    planned = plan(llama_70b, LoadOptions(), setting, ctx_tokens=512)
+    assert planned.offloaded == ""
+    longest = 512 + planned.spare_context_tokens
+    assert plan(llama_70b, LoadOptions(), setting, ctx_tokens=longest).offloaded == ""
+    assert plan(llama_70b, LoadOptions(), setting, ctx_tokens=longest + 256).offloaded
+
+
 def test_quantized_weights_spill_only_where_it_was_asked_for_and_in_16_bit(llama_70b: Checkpoint) -> None:
     four = LoadOptions(load_in_4bit=True)
     assert not plan(llama_70b, four, machine(24, ram=256), ctx_tokens=4096).fits
@@ -132,6 +174,35 @@ def test_the_disk_takes_the_rest_where_it_may(llama_70b: Checkpoint) -> None:
     assert planned.peak_bytes == sum(device.total_bytes for device in planned.devices if device.name != "disk")
     ram = planned.devices[1]
     assert ram.total_bytes - ram.fixed_bytes <= 32 * GIB
+
+
+@pytest.mark.parametrize("kind", ["pickles", "merged experts"])
+def test_a_disk_that_is_written_to_is_bounded_by_what_is_free(tmp_path: Path, kind: str) -> None:
+    folder = checkpoints.pytorch()
+    pickles = from_facts(Library([folder.parent]).facts(folder.name))
+    experts = read_checkpoint(planner_checkpoints.checkpoint("qwen3-moe"))
+    checkpoint = pickles if kind == "pickles" else experts
+
+    def planned(disk_bytes: int, **options: Any) -> Plan:
+        return _mostly_on_disk(checkpoint, disk_bytes, **options)
+
+    assert not planned(0).fits
+    written = planned(GIB).devices[-1]
+    assert (written.name, written.cap_bytes) == ("disk", GIB)
+    assert planned(written.weights_bytes).fits
+    assert planned(0, disk_cache_dir=str(tmp_path)).fits  # another disk, of which nothing is known here
+
+
+def test_layers_of_safetensors_are_read_where_they_are() -> None:
+    assert _mostly_on_disk(read_checkpoint(planner_checkpoints.checkpoint("llama")), 0).fits
+
+
+def _mostly_on_disk(checkpoint: Checkpoint, disk_bytes: int, **options: Any) -> Plan:
+    """The plan on a machine without a GPU whose RAM holds nearly all weights."""
+    small = Calibration(ram_fixed_bytes=0, hidden_copies=0, inner_copies=0, logits_copies=0, tensors_in_flight=0)
+    whole = plan(checkpoint, LoadOptions(), machine(ram=1), ctx_tokens=16, calibration=small).weights_bytes
+    tight = machine(ram=whole * 0.9 / GIB, disk=disk_bytes / GIB)
+    return plan(checkpoint, LoadOptions(disk=True, **options), tight, ctx_tokens=16, calibration=small)
 
 
 def test_a_refusal_names_the_bytes_that_would_do(llama_70b: Checkpoint) -> None:

@@ -32,7 +32,8 @@ def all_rooms(draw: st.DrawFn) -> Rooms:
     count = draw(st.integers(0, 3))
     gpus = tuple(Room(str(i), draw(st.integers(1, 30)), draw(SMALL), draw(SMALL)) for i in range(count))
     ram = Room("cpu", draw(st.integers(0, 30)), 0 if gpus else draw(SMALL), draw(SMALL))
-    return Rooms(gpus, ram, spill=bool(gpus) and draw(st.booleans()), disk=draw(st.booleans()))
+    written = draw(st.one_of(st.none(), st.integers(0, 30)))
+    return Rooms(gpus, ram, bool(gpus) and draw(st.booleans()), disk=draw(st.booleans()), disk_bytes=written)
 
 
 def computing(rooms: Rooms) -> list[str]:
@@ -61,7 +62,8 @@ def keeps_caps(loads: Sequence[Load], devices: Sequence[str], rooms: Rooms) -> b
         assert room.cap_bytes is not None
         if held > room.cap_bytes:
             return False
-    return True
+    on_disk = sum(load.offloaded for load, key in zip(loads, devices, strict=True) if key == "disk")
+    return rooms.disk_bytes is None or on_disk <= rooms.disk_bytes
 
 
 def some_split_exists(loads: Sequence[Load], rooms: Rooms) -> bool:
@@ -93,9 +95,10 @@ def test_what_is_missing_would_do(loads: list[Load], rooms: Rooms) -> None:
         assert room.cap_bytes is not None
         return replace(room, cap_bytes=room.cap_bytes + placed.missing_bytes * (room.key == placed.missing_on))
 
-    assert not place(
-        loads, Rooms(tuple(map(wider, rooms.gpus)), wider(rooms.ram), rooms.spill, rooms.disk)
-    ).missing_bytes
+    wide = replace(rooms, gpus=tuple(map(wider, rooms.gpus)), ram=wider(rooms.ram))
+    if placed.missing_on == "disk":
+        wide = replace(wide, disk_bytes=(rooms.disk_bytes or 0) + placed.missing_bytes)
+    assert not place(loads, wide).missing_bytes
 
 
 GIB = 2**30
@@ -163,3 +166,32 @@ def test_a_larger_cap_never_turns_a_fit_into_a_refusal(
     if planned(name, options, caps).fits:
         more = [cap + data.draw(st.integers(0, 300_000)) for cap in caps]
         assert planned(name, options, more).fits
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(NAMES), OPTIONS, st.lists(CAPS, min_size=1, max_size=4))
+def test_what_lies_beside_a_gpu_is_said_and_nothing_else_is(name: str, options: LoadOptions, caps: list[int]) -> None:
+    """What the suggestions of a model that fits so, and its spare context, promise to lie on the GPUs alone does so."""
+
+    def beside(made: Plan) -> bool:
+        return made.fits and not {"cpu", "disk"}.isdisjoint(made.device_map.values())
+
+    made = planned(name, options, caps)
+    assert bool(made.offloaded) == beside(made)
+    assert any("lie on a GPU" in note for note in made.notes) == beside(made)
+    if not made.fits:
+        return
+    assert beside(made) or not made.suggestions
+    for suggestion in made.suggestions:
+        other = planned(name, replace(options, **suggestion.options), caps)
+        assert other.fits
+        assert not beside(other)
+    if not beside(made):
+        longer = 32 + made.spare_context_tokens
+        assert not beside(plan(CHECKPOINTS[name], options, machine(caps), ctx_tokens=longer, calibration=TINY))
+
+
+@given(st.sampled_from(NAMES), OPTIONS)
+@settings(max_examples=40, deadline=None)
+def test_without_a_gpu_nothing_lies_beside_one(name: str, options: LoadOptions) -> None:
+    assert planned(name, options, []).offloaded == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from modules.errors import (
     NothingLoaded,
     OptionConflict,
     OptionError,
+    UnsupportedModel,
 )
 from modules.options import LOAD_OPTIONS, LoadOptions, Spec
 from modules.protocol import Done, Piece
 from modules.service import Source, Stop
 from modules.supervisor import State
-from tests import checkpoints, loras
+from tests import checkpoints, loras, planner_checkpoints
 from tests.services import CountedMeasure, CountedSettings, Make, services
 
 # A value that differs from the default for each option that applies to the demo model on a machine without a GPU.
@@ -138,6 +141,17 @@ def test_a_context_beyond_the_limit_warns_and_alpha_mends_it(make: Make) -> None
     assert not [note for note in notes if "beyond" in note]
 
 
+def test_a_context_beyond_the_last_position_is_bounded_and_said(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "models" / "small").symlink_to(checkpoints.gpt2(), target_is_directory=True)
+    order = make().order("small", {"ctx_size": 4096})
+    assert (order.ctx_tokens, order.options.ctx_size) == (128, 128)
+    [note] = order.notes
+    assert note == "A context of 4,096 tokens cannot be: the model has 128 positions, and those are used."
+    assert make().order("small").notes == ()
+    (tmp_path / "models" / "relative").symlink_to(checkpoints.t5(), target_is_directory=True)
+    assert make().order("relative", {"ctx_size": 4096}).ctx_tokens == 4096
+
+
 def test_a_broken_saved_file_is_named_kept_and_ignored(make: Make, tmp_path: Path) -> None:
     service = make()
     broken = tmp_path / "models" / "demo.yaml"
@@ -182,6 +196,29 @@ def test_a_flag_that_another_model_cannot_follow_is_left_out_and_said(make: Make
     assert note.startswith("--load-in-4bit is left out here.")
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("exl2", "EXL2.*TabbyAPI"), ("exl3", "EXL3.*TabbyAPI"), ("mlx", "MLX.*mlx-lm"), ("crunch", "'crunch'.*gguf")],
+)
+def test_a_quantization_that_no_loader_takes_is_refused_before_anything_ends(
+    make: Make, tmp_path: Path, method: str, said: str
+) -> None:
+    planner_checkpoints.quantized_by(method, tmp_path / "models" / "packed")
+    service = make()
+    view = service.view("packed")
+    assert view.facts is not None
+    assert view.fit is None
+    assert isinstance(view.problem, UnsupportedModel)
+    assert re.search(said, str(view.problem))
+    sources: list[Source] = ["page", "api", "command line", "request"]
+    for source in sources:
+        with pytest.raises(UnsupportedModel, match=said):
+            service.order("packed", {}, source, anyway=True)
+    with pytest.raises(UnsupportedModel):
+        service.load("packed")
+    assert service.snapshot().state is State.EMPTY
+
+
 def test_notes_travel_with_the_order(make: Make, tmp_path: Path) -> None:
     service = make(("--disable_exllama",))
     (tmp_path / "models" / "demo.yaml").write_text("ctx_size: [\n")
@@ -199,7 +236,47 @@ def test_what_only_this_machine_may_choose_is_refused_from_elsewhere(make: Make,
     with pytest.raises(OptionError, match="--disk-cache-dir"):
         service.save_settings("demo", {"disk_cache_dir": "elsewhere"})
     same = service.order("demo", {"disk": True, "disk_cache_dir": "saved"}, source)  # a whole form, unchanged
-    assert same.offload_dir == "saved"
+    assert same.offload_dir == os.path.abspath("saved")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("off", "off"), ("../my off", "../my off"), ("~/off", str(Path.home() / "off")), ("/x", "/x")]
+)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_the_offload_folder_is_named_from_where_the_caller_is(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, meant: str, from_file: bool
+) -> None:
+    (tmp_path / "called from").mkdir()
+    monkeypatch.chdir(tmp_path / "called from")
+    service = make((), f"disk_cache_dir: '{given}'\n") if from_file else make(("--disk-cache-dir", given))
+    assert service.order("demo", {"disk": True}).offload_dir == os.path.abspath(tmp_path / "called from" / meant)
+
+
+@pytest.mark.parametrize("source", ["page", "api"])
+@pytest.mark.parametrize(
+    ("saved", "typed"),
+    [
+        ({"alpha_value": 2.5}, {"rope_freq_base": 1e6}),
+        ({"rope_freq_base": 1e6}, {"alpha_value": 2.5}),
+        ({"compress_pos_emb": 2.0}, {"alpha_value": 2.5}),
+        ({"load_in_8bit": True}, {"load_in_4bit": True}),
+    ],
+)
+def test_values_of_one_request_that_exclude_each_other_are_refused_also_where_one_is_saved(
+    make: Make, source: Source, saved: dict[str, Any], typed: dict[str, Any]
+) -> None:
+    service = make(**saved)
+    with pytest.raises(OptionConflict, match="exclude each other"):
+        service.order("demo", {**saved, **typed}, source)
+    with pytest.raises(OptionConflict, match="exclude each other"):
+        service.order("demo", {**vars(service.view("demo").options), **typed}, source)  # a whole form
+    order = service.order("demo", typed, source)  # one alone means: instead of what is saved
+    assert all(getattr(order.options, name) == LOAD_OPTIONS[name].default for name in saved)
+
+
+def test_a_value_beside_one_that_makes_it_useless_is_told_also_where_it_is_saved(make: Make) -> None:
+    notes = make(bf16=True).order("demo", {"bf16": True, "load_in_4bit": True}, "api").notes
+    assert any("--bf16 has no effect here" in note for note in notes)
 
 
 def test_one_look_at_machine_and_saved_file_for_a_view_and_for_an_order(make: Make) -> None:

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from modules.errors import CustomCodeRefused, DiskFull, OptionConflict, OptionError, SettingsError
 from modules.library import CodeFile
 from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS, PRECISIONS, SERVER_OPTIONS, Circumstances, check
-from modules.settings import FILE_OPTIONS, CodeApprovals, Settings, read_values, resolve, write_whole
+from modules.settings import (
+    FILE_OPTIONS,
+    CodeApprovals,
+    Settings,
+    contradicting,
+    read_values,
+    resolve,
+    write_whole,
+)
 from tests import settings_example
 
 NAME = "SmolLM2-135M-Instruct"
@@ -104,6 +112,18 @@ class TestLayers:
             check(resolved.options, Circumstances())
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"alpha_value": 2.5, "rope_freq_base": 1e6, "ctx_size": 1}, {"alpha_value", "rope_freq_base"}),
+        ({"load_in_4bit": True, "bf16": True}, {"load_in_4bit", "bf16"}),
+        ({"load_in_4bit": True, "load_in_8bit": False, "alpha_value": 2.5, "rope_freq_base": 0.0}, set()),
+    ],
+)
+def test_values_that_are_given_beside_an_alternative_of_theirs(given: dict[str, Any], names: set[str]) -> None:
+    assert contradicting(given) == names
+
+
 class TestSettingsFile:
     def read(self, tmp_path: Path, text: str) -> Settings:
         file = tmp_path / "settings.yaml"
@@ -151,6 +171,17 @@ class TestSettingsFile:
         assert message in error.value.message
         assert hint in error.value.hint
         assert error.value.hint
+
+    @pytest.mark.parametrize("name", ["model_dir", "lora_dir", "gradio_auth", "guest_auth"])
+    def test_a_text_is_one_folder_or_login_and_a_list_gives_several(self, tmp_path: Path, name: str) -> None:
+        assert self.read(tmp_path, f'{name}: "ann:my models, all"').server_values == {name: ("ann:my models, all",)}
+        assert self.read(tmp_path, f'{name}: ["/my models", /b]').server_values == {name: ("/my models", "/b")}
+        assert self.read(tmp_path, f'{name}: ""').server_values == {name: ()}
+
+    def test_a_text_may_name_several_hosts(self, tmp_path: Path) -> None:
+        assert self.read(tmp_path, "allowed_host: one.org two.org").server_values == {
+            "allowed_host": ("one.org", "two.org")
+        }
 
     def test_a_file_that_is_not_text(self, tmp_path: Path) -> None:
         (tmp_path / "settings.yaml").write_bytes(b"\xff\xfe\x00")
@@ -306,6 +337,14 @@ class TestCodeApprovals:
         approvals.allow("m", self.FILES[:1])
         assert not approvals.allowed("m", self.FILES)
         assert approvals.allowed("m", self.FILES[:1])
+
+    def test_a_yes_can_be_taken_back(self, approvals: CodeApprovals, tmp_path: Path) -> None:
+        approvals.forget("m")  # nothing was said yet
+        approvals.allow("m", self.FILES)
+        approvals.allow("n", self.FILES)
+        approvals.forget("m")
+        assert not approvals.allowed("m", self.FILES)
+        assert CodeApprovals(tmp_path / ".cache" / "allowed-code.json").allowed("n", self.FILES)
 
     def test_code_of_another_repository_cannot_be_allowed(self, approvals: CodeApprovals) -> None:
         files = (*self.FILES, CodeFile("org/name--modeling.Own", ""))

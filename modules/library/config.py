@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from modules.checkpoint import UNNAMED_QUANTIZATION
+
 Config = Mapping[str, Any]
 
 DEFAULT_THETA = 10_000.0
@@ -80,10 +82,12 @@ def quantization(config: Config, legacy: Config) -> tuple[str, str, int]:
 
     ``legacy`` is what older GPTQ and AWQ folders keep in a file of its own; empty where there is none.
     """
-    stored = _object(config, "quantization_config") or _object(config, "compression_config") or legacy
+    stored = _object(config, "quantization_config") or _object(config, "compression_config")
+    mlx = _mlx(stored) or _mlx(_object(config, "quantization"))
+    stored = stored or mlx or legacy
     if not stored:
         return "", "", 0
-    method = _method(stored)
+    method = "mlx" if mlx else _method(stored)
     if method == "bitsandbytes":
         bits = 4 if stored.get("load_in_4bit") or stored.get("_load_in_4bit") else 8
         return method, f"4-bit {stored.get('bnb_4bit_quant_type', 'fp4')}" if bits == 4 else "8-bit", bits
@@ -92,12 +96,18 @@ def quantization(config: Config, legacy: Config) -> tuple[str, str, int]:
     return method, f"{bits}-bit {name}" if bits else name, bits
 
 
+def _mlx(stored: Config) -> Config:
+    """What mlx-lm writes, as ``quantization`` and later as ``quantization_config`` too; empty where it is not that."""
+    others = ("quant_method", "desc_act", "w_bit", "load_in_4bit")
+    return stored if {"group_size", "bits"} <= stored.keys() and not any(key in stored for key in others) else {}
+
+
 def _method(stored: Config) -> str:
     method = str(stored.get("quant_method") or "").lower()
     if method.startswith("bitsandbytes") or (not method and "load_in_4bit" in stored):
         return "bitsandbytes"
     if not method:
-        return "awq" if "w_bit" in stored else "gptq" if "desc_act" in stored else "unknown"
+        return "awq" if "w_bit" in stored else "gptq" if "desc_act" in stored else UNNAMED_QUANTIZATION
     return method
 
 

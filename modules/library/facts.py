@@ -28,6 +28,17 @@ from modules.units import format_bytes, format_count, format_tokens
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SENTENCEPIECE = frozenset({"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"})
+# Architectures that number positions by a table, learned or computed, which ends at the model's limit.
+_POSITION_TABLES = frozenset({
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small",
+    "codegen", "ctrl", "electra", "ernie", "git", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "marian",
+    "mbart", "megatron-bert", "mvp", "openai-gpt", "opt", "pegasus", "plbart", "rembert", "roc_bert", "trocr", "xlm",
+})  # fmt: skip
+# … and those whose table begins behind the padding token's number, which counts as places too.
+_POSITIONS_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+_GGUF_POSITIONS = "position_embd.weight"
 _LEGACY_QUANTIZATION = ("quantize_config.json", "quant_config.json")  # of GPTQ, of AWQ
 
 
@@ -59,6 +70,7 @@ class ModelFacts:
     has_rope: bool
     rope_theta: float
     rope_scaling: str
+    positions: int  # how many there are, and no context can be longer; 0: any number
     code_files: tuple[CodeFile, ...]
     has_fast_tokenizer: bool
     has_slow_tokenizer: bool
@@ -159,6 +171,7 @@ def _folder_facts(model: Model) -> ModelFacts:
         has_rope=rope is not None,
         rope_theta=rope[0] if rope else 0.0,
         rope_scaling=rope[1] if rope else "",
+        positions=0 if rope else _positions(text),
         code_files=_code_files(folder),
         has_fast_tokenizer="tokenizer.json" in names or names.isdisjoint(_SENTENCEPIECE),
         has_slow_tokenizer=not names.isdisjoint(_SENTENCEPIECE),
@@ -166,6 +179,15 @@ def _folder_facts(model: Model) -> ModelFacts:
         config=config,
         tensors=tensors,
     )
+
+
+def _positions(text: Mapping[str, Any]) -> int:
+    """How many positions a model without RoPE has; 0 for relative ones, for ALiBi, and where it is not known."""
+    model_type, limit = str(text.get("model_type", "")), reading.context_tokens(text)
+    if model_type in _POSITIONS_AFTER_PADDING:
+        padding = text.get("pad_token_id")
+        return max(0, limit - 1 - (padding if isinstance(padding, int) else 1))
+    return limit if model_type in _POSITION_TABLES else 0
 
 
 def _optional_json(path: Path) -> Mapping[str, Any]:
@@ -223,6 +245,7 @@ def _gguf_facts(model: Model) -> ModelFacts:
         has_rope=has_rope,
         rope_theta=(header.number("rope.freq_base") or reading.DEFAULT_THETA) if has_rope else 0.0,
         rope_scaling="" if scaling == "none" else scaling,
+        positions=int(header.number("context_length")) if _GGUF_POSITIONS in tensors else 0,
         code_files=(),
         has_fast_tokenizer=True,
         has_slow_tokenizer=False,

@@ -70,13 +70,25 @@ def _custom_code(c: Circumstances) -> str:
 
 
 def _two_tokenizers(c: Circumstances) -> str:
-    if not c.model_chosen or (c.has_fast_tokenizer and c.has_slow_tokenizer):
-        return ""
-    return "The model has only one kind of tokenizer."
+    return "" if c.has_slow_tokenizer or not c.model_chosen else "The model has only the fast form of its tokenizer."
 
 
 def _gptq(c: Circumstances) -> str:
     return "" if c.quantization == "gptq" or not c.model_chosen else "The model is not a GPTQ checkpoint."
+
+
+def _whole(c: Circumstances) -> str:
+    return "Layers that bitsandbytes has quantized stay together." if c.quantization == "bitsandbytes" else ""
+
+
+def _leaves_ram(c: Circumstances) -> str:
+    if _quantizes(c) and _gpu(c):
+        return "Layers that are quantized without a GPU stay in RAM."
+    return _whole(c)
+
+
+def _takes_ram(c: Circumstances) -> str:
+    return "" if _gpu(c) else _whole(c)
 
 
 def _offloads(c: Circumstances) -> str:
@@ -126,12 +138,12 @@ class LoadOptions:
     )  # fmt: skip
     cpu_memory: float = option(
         "number", 0.0, "RAM", "How much RAM the model may take; what does not fit needs disk.",
-        group="memory", unit="GiB", low=0, basic=True,
+        group="memory", unit="GiB", low=0, basic=True, applies=_takes_ram,
         default_help="what is free", effect='max_memory["cpu"]',
     )  # fmt: skip
     disk: bool = option(
         "flag", False, "Offload to disk", "Keep the layers that fit nowhere else on disk. Very slow, but it runs.",
-        group="memory", basic=True, effect="offload_folder",
+        group="memory", basic=True, applies=_leaves_ram, effect="offload_folder",
     )  # fmt: skip
     disk_cache_dir: str = option(
         "text", "", "Offload folder", "The folder for layers that are offloaded to disk.",
@@ -254,7 +266,7 @@ def check(options: LoadOptions, circumstances: Circumstances) -> tuple[str, ...]
                 )
             notes.append(f"{spec.flag} has no effect here. {reason}")
     _check_gpu_memory(options, circumstances)
-    return (*notes, *_context_notes(options, circumstances))
+    return (*notes, *_context_notes(options, circumstances), *_tokenizer_notes(options, circumstances))
 
 
 def _check_gpu_memory(options: LoadOptions, c: Circumstances) -> None:
@@ -270,12 +282,27 @@ def _check_gpu_memory(options: LoadOptions, c: Circumstances) -> None:
 
 def _context_notes(options: LoadOptions, c: Circumstances) -> tuple[str, ...]:
     limit = stretched_context(options, c.context_tokens)
-    if limit and options.ctx_size > limit:
-        return (
-            f"A context of {options.ctx_size:,} tokens is beyond the model's {limit:,}: answers fall apart there. "
-            "alpha_value stretches the limit.",
-        )
-    return ()
+    if not limit or options.ctx_size <= limit or options.rope_freq_base:  # how far that one reaches, nobody knows
+        return ()
+    beyond = f"A context of {options.ctx_size:,} tokens is beyond the model's {limit:,}: answers"
+    if not c.has_rope:
+        return (f"{beyond} may get worse there.",)
+    return (f"{beyond} fall apart there.{' alpha_value stretches the limit.' if may_stretch(options) else ''}",)
+
+
+def may_stretch(options: LoadOptions) -> bool:
+    """Whether alpha_value, or more of it, goes with the other options."""
+    rivals = {name for one, other, _ in EXCLUSIVE if "alpha_value" in (one, other) for name in (one, other)}
+    return not (rivals - {"alpha_value"}) & changed(options).keys()
+
+
+def _tokenizer_notes(options: LoadOptions, c: Circumstances) -> tuple[str, ...]:
+    if options.use_fast or c.has_fast_tokenizer or not c.has_slow_tokenizer:
+        return ()
+    return (
+        "With use_fast off the model's SentencePiece file is used as it is. It is converted all the same, once, to see "
+        "that both number their pieces alike.",
+    )
 
 
 def stretched_context(options: LoadOptions, context_tokens: int) -> int:

@@ -34,14 +34,14 @@ class ServerOptions:
     )  # fmt: skip
     gradio_auth: tuple[str, ...] = option(
         "names", (), "Administrators", "Who may log in and do everything, as user:password.", group="server",
-        secret=True,
+        secret=True, whole=True,
     )  # fmt: skip
     gradio_auth_path: str = option(
         "text", "", "Administrators' file", "A file with one user:password a line.", group="server",
     )  # fmt: skip
     guest_auth: tuple[str, ...] = option(
         "names", (), "Guests", "Who may log in and chat, and load nothing, as user:password.", group="server",
-        secret=True,
+        secret=True, whole=True,
     )  # fmt: skip
     api_key: str = option(
         "text", "", "API key", "A key for programs that generate text: Authorization: Bearer KEY.", group="server",
@@ -63,10 +63,10 @@ class ServerOptions:
         default_help="where server.py lies",
     )  # fmt: skip
     model_dir: tuple[str, ...] = option(
-        "names", (), "Model folders", "Further folders with models, beside models/.", group="server",
+        "names", (), "Model folders", "Further folders with models, beside models/.", group="server", whole=True,
     )  # fmt: skip
     lora_dir: tuple[str, ...] = option(
-        "names", (), "LoRA folders", "Further folders with LoRAs, beside loras/.", group="server",
+        "names", (), "LoRA folders", "Further folders with LoRAs, beside loras/.", group="server", whole=True,
     )  # fmt: skip
     hf_cache: bool = option(
         "flag", True, "Hugging Face cache", "Offer the models and LoRAs that the Hugging Face cache holds too.",

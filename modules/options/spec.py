@@ -59,18 +59,30 @@ class Spec:
     applies: Reason = always
     strict: bool = False  # set where it does not apply: refused; otherwise said and left out
     needs: str = ""
+    whole: bool = False  # of "names": a text is one of them, whatever blanks and commas it holds; a list gives several
     alone: bool = False  # it is done instead of serving the page, and no other such option beside it
 
     def parse(self, value: Any) -> Any:
         """``value`` as this option's type. Raises OptionError naming the option, the value and the bound."""
         try:
-            parsed: Any = (_gib if self.kind == "number" and self.unit == "GiB" else _PARSERS[self.kind])(value)
+            parsed = self._converted(value)
         except (TypeError, ValueError, OverflowError):
             shown = "what was given" if self.secret else repr(value)
             raise OptionError(f"{self.flag} takes {self.takes}, not {shown}.") from None
         self._check_choice(parsed)
         for number in parsed if isinstance(parsed, tuple) else (parsed,):
             self._check_bounds(number)
+        return parsed
+
+    def _converted(self, value: Any) -> Any:
+        """``value`` as this option's type, unchecked. A choice counts whatever its letters' case."""
+        if self.kind == "number" and self.unit == "GiB":
+            return _gib(value)
+        if self.whole and isinstance(value, str):
+            return (value,) if value.strip() else ()
+        parsed = _PARSERS[self.kind](value)
+        if self.kind == "choice":
+            return next((choice for choice in self.choices if choice.lower() == parsed.lower()), parsed)
         return parsed
 
     def _check_choice(self, value: Any) -> None:
@@ -131,9 +143,16 @@ def specs(cls: type) -> dict[str, Spec]:
 
 
 def parse_values(table: Mapping[str, Spec], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Each given value parsed by its option. Raises OptionError for an unknown name, with the nearest."""
-    found = [(find(table, name), value) for name, value in values.items()]
-    return {spec.name: spec.parse(value) for spec, value in found}
+    """Each given value parsed by its option. Raises OptionError for an unknown name, with the nearest, and for two
+    values of one option: ``ctx-size`` and ``ctx_size``.
+    """
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        spec = find(table, name)
+        if spec.name in parsed:
+            raise OptionError(f"{spec.name} is given twice.", "Give it once.")
+        parsed[spec.name] = spec.parse(value)
+    return parsed
 
 
 def find(table: Mapping[str, Spec], name: str) -> Spec:

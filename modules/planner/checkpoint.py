@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,16 @@ class Checkpoint:
         """Whether packed weights stay packed; those of GGUF files are unpacked while loading."""
         return bool(self.quantization) and self.file_format != "gguf" and not self.unpacked
 
+    @cached_property
+    def written_to_offload(self) -> bool:
+        """Whether layers kept on disk are written there. Those of safetensors are read where they are, but for what
+        the loader converts (transformers 5.23, core_model_loading): experts that it merges, weights that it unpacks.
+        """
+        merges = "auto_map" not in self.config and any(_ONE_EXPERT.search(name) for name in self.tensors)
+        return self.file_format != "safetensors" or self.unpacked or merges
 
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _KEPT = 8
 _known: list[tuple[ModelFacts, Checkpoint]] = []
 _lock = threading.Lock()

@@ -14,7 +14,8 @@ CPU, DISK = "cpu", "disk"
 
 @dataclass(frozen=True)
 class Room:
-    """A device before anything is placed. ``cap_bytes`` bounds everything on it; None = no bound (disk)."""
+    """A device before anything is placed. ``cap_bytes`` bounds everything on it; None = no bound, as of a
+    disk that is not written to."""
 
     key: str  # as a device map names it: "0", "cpu", "disk"
     cap_bytes: int | None
@@ -48,6 +49,12 @@ class Rooms:
     ram: Room
     spill: bool  # whether layers may lie in RAM beside a GPU
     disk: bool
+    disk_bytes: int | None = None  # how much may be written there; None = no bound, as where nothing is written
+
+    @property
+    def store(self) -> Room:
+        """The disk, whether it may be used or not."""
+        return Room(DISK, self.disk_bytes)
 
 
 def rooms(
@@ -59,6 +66,7 @@ def rooms(
     ram_fixed_bytes: int,
     may_offload: bool,
     quantizes: bool,
+    disk_bytes: int | None = None,
 ) -> Rooms:
     """The room that the options leave on the machine.
 
@@ -75,6 +83,7 @@ def rooms(
         ram=ram,
         spill=bool(gpus) and may_offload and (wanted or not quantizes),
         disk=options.disk and may_offload and (bool(gpus) or not quantizes),
+        disk_bytes=disk_bytes,
     )
 
 

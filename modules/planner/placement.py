@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from modules.planner import packing
-from modules.planner.devices import DISK, Room, Rooms
+from modules.planner.devices import Room, Rooms
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def place(loads: Sequence[Load], rooms: Rooms) -> Placement:
 
 
 def _ways(rooms: Rooms) -> Iterator[Way]:
-    disk = (Room(DISK, None),) if rooms.disk else ()
+    disk = (rooms.store,) if rooms.disk else ()
     computing = rooms.gpus or (rooms.ram,)
     yield Way(computing)
     stores = (*((rooms.ram,) if rooms.spill else ()), *disk)

@@ -13,8 +13,9 @@ from modules.planner.checkpoint import Checkpoint, from_facts
 from modules.planner.devices import CPU, DISK, DevicePlan
 from modules.planner.formats import Precision
 from modules.planner.memory import DEFAULT, Calibration, arriving_bytes
+from modules.planner.offload import Offload, offload_of
 from modules.planner.solving import Answer, Question, solve
-from modules.planner.suggestions import Suggestion, spare_context, suggestions
+from modules.planner.suggestions import Suggestion, on_gpus_alone, spare_context, suggestions
 from modules.precision import PACKED_FROM
 from modules.units import format_bytes
 
@@ -25,7 +26,9 @@ class Plan:
     ``peak_bytes`` what all devices but the disk hold at the worst moment; ``missing_bytes`` 0 where it fits.
 
     ``device_map``: module → "cpu", "disk" or the GPU's number. ``spare_context_tokens``: how much longer a context
-    would fit. ``exact``: whether the weights are counted on headers, by rules that are proven for the architecture.
+    would fit, on the GPUs alone where it lies so. ``offloaded``: of a model that fits, what lies in RAM or on disk
+    beside the GPUs, and what that costs; "" = nothing. ``exact``: whether the weights are counted on headers, by rules
+    that are proven for the architecture.
     """
 
     model: str
@@ -39,6 +42,7 @@ class Plan:
     precision: Precision
     suggestions: tuple[Suggestion, ...] = ()
     spare_context_tokens: int = 0
+    offloaded: str = ""
     exact: bool = True
     notes: tuple[str, ...] = field(default=())
 
@@ -80,6 +84,7 @@ def plan(
     checkpoint = facts if isinstance(facts, Checkpoint) else from_facts(facts)
     question = Question(checkpoint, options, machine, ctx_tokens, calibration, adapters)
     answer = solve(question)
+    away = offload_of(answer, calibration) if answer.fits and answer.offloads else None
     return Plan(
         model=checkpoint.name,
         fits=answer.fits,
@@ -90,11 +95,19 @@ def plan(
         device_map=answer.device_map,
         devices=answer.devices,
         precision=answer.precision,
-        suggestions=() if answer.fits else suggestions(question, freed),
-        spare_context_tokens=spare_context(question) if answer.fits else 0,
+        suggestions=_suggestions(question, answer, freed),
+        spare_context_tokens=spare_context(question, answer) if answer.fits else 0,
+        offloaded=f"{away.kept}: each token takes {away.longer} longer, or more" if away else "",
         exact=answer.layout.exact,
-        notes=tuple(_notes(question, answer)),
+        notes=tuple(_notes(question, answer, away)),
     )
+
+
+def _suggestions(question: Question, answer: Answer, freed: Machine | None) -> tuple[Suggestion, ...]:
+    """What would make it fit; of what fits with a part beside the GPUs, what would spare it that."""
+    if not answer.fits:
+        return suggestions(question, freed)
+    return on_gpus_alone(question) if answer.offloads else ()
 
 
 def _peak(question: Question, answer: Answer) -> int:
@@ -111,8 +124,8 @@ def _peak(question: Question, answer: Answer) -> int:
     return max(in_use, ram.weights_bytes + ram.fixed_bytes + mapped + arriving)
 
 
-def _notes(question: Question, answer: Answer) -> list[str]:
-    """What is not obvious of how the weights will lie."""
+def _notes(question: Question, answer: Answer, away: Offload | None) -> list[str]:
+    """What is not obvious of how the weights will lie. ``away``: what lies beside the GPUs where the model fits so."""
     notes = []
     if not answer.layout.exact:
         close = "from the headers; this architecture may differ by a little" if question.checkpoint.tensors else (
@@ -124,6 +137,11 @@ def _notes(question: Question, answer: Answer) -> list[str]:
             f"The weights are stored as {method.upper()} and unpacked to {answer.precision.dtype} here: they stay "
             f"packed only on GPUs of compute capability {major}.{minor} or higher."
         )
+    if away:
+        notes.append(
+            f"Not all of the weights lie on a GPU: {away.kept}. They are brought to it for every token, which takes "
+            f"{away.longer} longer, or more."
+        )
     if not question.quantizes:
         return notes
     fused = sum(device.classes.kept for device in answer.devices if device.key != DISK)
@@ -133,8 +151,6 @@ def _notes(question: Question, answer: Answer) -> list[str]:
             f"A mixture's experts stay in 16 bit: bitsandbytes converts linear layers alone. "
             f"{format_bytes(fused)} of the weights are not quantized."
         )
-    if answer.rooms.gpus and any(
-        key not in {room.key for room in answer.rooms.gpus} for key in answer.placement.devices
-    ):
+    if answer.offloads:
         notes.append("Layers in RAM or on disk stay in 16 bit: bitsandbytes converts those on a GPU.")
     return notes

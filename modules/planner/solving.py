@@ -11,7 +11,7 @@ from modules.devices import Machine
 from modules.options import LoadOptions, kept_tokens
 from modules.planner.adapters import Adapters, with_adapters
 from modules.planner.checkpoint import Checkpoint
-from modules.planner.devices import CPU, DISK, DevicePlan, Room, Rooms, gpu_caps, rooms
+from modules.planner.devices import CPU, DISK, DevicePlan, Rooms, gpu_caps, rooms
 from modules.planner.formats import Classes, Part, Precision, classes, precision_for
 from modules.planner.layout import Block, Layout, layout_of
 from modules.planner.memory import Calibration, cache_growth_bytes, kv_cache, working_bytes
@@ -70,6 +70,11 @@ class Answer:
     def fits(self) -> bool:
         return not self.placement.missing_bytes
 
+    @property
+    def offloads(self) -> bool:
+        """Whether a part lies in RAM or on disk beside the GPUs that compute it."""
+        return bool(self.rooms.gpus) and not set(self.placement.devices) <= {room.key for room in self.rooms.gpus}
+
     @cached_property
     def device_map(self) -> dict[str, str]:
         """Module → "cpu", "disk" or the GPU's number; one entry ``""`` where all lies on one device."""
@@ -86,7 +91,7 @@ class Answer:
         used = usage(self.loads, self.placement.devices, computing)
         visiting = {used.main: used.visiting}
         made = []
-        for room in (*self.rooms.gpus, self.rooms.ram, Room(DISK, None)):
+        for room in (*self.rooms.gpus, self.rooms.ram, self.rooms.store):
             weights, kv = used.weights.get(room.key, 0), used.kv.get(room.key, 0)
             if room.key == DISK and not weights:
                 continue
@@ -141,11 +146,18 @@ def solve(question: Question) -> Answer:
         ram_fixed_bytes=max(0, process + calibration.ram_correction_bytes),
         # A checkpoint that bitsandbytes quantized is refused with layers beside the GPU.
         may_offload=checkpoint.quantization != "bitsandbytes", quantizes=question.quantizes,
+        disk_bytes=_disk_bytes(question),
     )  # fmt: skip
     # bitsandbytes leaves alone what a device map puts beside a GPU.
     offloaded = Precision(precision.dtype) if room.gpus else precision
     loads = _loads(layout, checkpoint.task, precision, offloaded, kept)
     return Answer(layout, room, precision, offloaded, loads, place(loads, room))
+
+
+def _disk_bytes(question: Question) -> int | None:
+    """What may be written to disk; None where there is no bound, or where it is not known, in a folder of one's own."""
+    bounded = question.held.written_to_offload and not question.options.disk_cache_dir
+    return question.machine.disk_free_bytes if bounded else None
 
 
 def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision, tokens: int) -> tuple[Load, ...]:

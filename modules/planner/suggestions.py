@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modules.devices import Machine
-from modules.planner.devices import CPU, DISK, GIB
+from modules.planner.devices import GIB
+from modules.planner.offload import offload_of
 from modules.planner.solving import Answer, Question, solve
 from modules.units import format_bytes
 
@@ -15,6 +16,8 @@ MOST = 4
 _CONTEXT_STEP = 256
 _USEFUL_CONTEXT = 2048  # tokens; a shorter one is a worse loss than 8-bit weights
 _LEAST_CONTEXT = 512
+_FOUR: Mapping[str, bool] = {"load_in_4bit": True, "load_in_8bit": False, "bf16": False}
+_FOUR_DOUBLE: Mapping[str, bool] = {**_FOUR, "use_double_quant": True}
 _LONGEST_CONTEXT = 1 << 20  # tokens, where the model does not say
 
 
@@ -34,6 +37,28 @@ def suggestions(question: Question, freed: Machine | None = None) -> tuple[Sugge
         found.append(suggestion)
         if len(found) == MOST:
             break
+    return tuple(found)
+
+
+def on_gpus_alone(question: Question) -> tuple[Suggestion, ...]:
+    """For a model that fits with a part of it beside the GPUs: the ways to quantize it so that none is."""
+    if question.checkpoint.quantization:
+        return ()
+    eight = {"load_in_8bit": True, "bf16": False}
+    ways = [
+        ("8-bit: {weights} of weights, {where}. Answers stay close to the original.", eight),
+        ("4-bit: {weights} of weights, {where}. Answers get slightly worse.", _FOUR),
+        ("4-bit with double quantization: {weights} of weights, {where}. Answers get slightly worse.", _FOUR_DOUBLE),
+    ]
+    found: list[Suggestion] = []
+    for text, changes in ways[question.quantizes :]:
+        answer = solve(question.but(**changes))
+        if answer.fits and not answer.offloads:
+            where = "all on the GPUs" if answer.rooms.gpus[1:] else "all on the GPU"
+            text = f"Load in {text.format(weights=format_bytes(_weights(answer)), where=where)}"
+            found.append(Suggestion(text, changes))
+            if "load_in_4bit" in changes:
+                break
     return tuple(found)
 
 
@@ -90,9 +115,8 @@ def _quantized(question: Question) -> Iterator[Suggestion]:
         )  # fmt: skip
     if question.checkpoint.quantization:
         return
-    four = {"load_in_4bit": True, "load_in_8bit": False, "bf16": False}
     if not options.load_in_4bit:
-        way = list(_one(question, "Load in 4-bit: {weights} of weights. Answers get slightly worse.", **four))
+        way = list(_one(question, "Load in 4-bit: {weights} of weights. Answers get slightly worse.", **_FOUR))
         if way:
             yield from way
             return
@@ -100,18 +124,18 @@ def _quantized(question: Question) -> Iterator[Suggestion]:
         way = list(
             _one(
                 question, "Load in 4-bit with double quantization: {weights} of weights. Answers get slightly worse.",
-                **four, use_double_quant=True,
+                **_FOUR_DOUBLE,
             )
         )  # fmt: skip
         if way:
             yield from way
             return
-    yield from _quantized_and_shorter(question.but(**four, use_double_quant=True), four)
+    yield from _quantized_and_shorter(question.but(**_FOUR_DOUBLE))
 
 
-def _quantized_and_shorter(question: Question, four: Mapping[str, bool]) -> Iterator[Suggestion]:
+def _quantized_and_shorter(question: Question) -> Iterator[Suggestion]:
     if tokens := _shorter_context(question):
-        changes = {**four, "use_double_quant": True, "ctx_size": tokens}
+        changes = {**_FOUR_DOUBLE, "ctx_size": tokens}
         text = "Load in 4-bit with double quantization, and a context of {tokens:,} tokens: both are losses."
         yield Suggestion(text.format(tokens=tokens), changes)
 
@@ -129,24 +153,36 @@ def _shorter_context(question: Question) -> int:
     return longest_context(question, question.ctx_tokens - 1, _LEAST_CONTEXT)
 
 
-def longest_context(question: Question, most: int, least: int) -> int:
-    """The longest context in steps between two bounds with which the model fits; 0 = not even the least."""
+def longest_context(question: Question, most: int, least: int, *, on_gpus: bool = False) -> int:
+    """The longest context in steps between two bounds with which the model fits; 0 = not even the least.
+
+    ``on_gpus``: with nothing of it in RAM or on disk beside a GPU.
+    """
+
+    def fits(steps: int) -> bool:
+        answer = solve(question.but(ctx_size=steps * _CONTEXT_STEP))
+        return answer.fits and not (on_gpus and answer.offloads)
+
     low, high = -(-least // _CONTEXT_STEP), most // _CONTEXT_STEP
-    if high < low or not solve(question.but(ctx_size=low * _CONTEXT_STEP)).fits:
+    if high < low or not fits(low):
         return 0
     while low < high:
         middle = (low + high + 1) // 2
-        if solve(question.but(ctx_size=middle * _CONTEXT_STEP)).fits:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
     return low * _CONTEXT_STEP
 
 
-def spare_context(question: Question) -> int:
-    """How many more tokens of context than asked for would fit, up to the model's own limit."""
+def spare_context(question: Question, answer: Answer) -> int:
+    """How many more tokens of context than asked for would fit, up to the model's own limit.
+
+    Where ``answer``, that of the question, lies on the GPUs alone, it still would with so many.
+    """
     most = question.checkpoint.context_limit or _LONGEST_CONTEXT
-    return max(0, longest_context(question, most, question.ctx_tokens) - question.ctx_tokens)
+    longest = longest_context(question, most, question.ctx_tokens, on_gpus=not answer.offloads)
+    return max(0, longest - question.ctx_tokens)
 
 
 def _elsewhere(question: Question) -> Iterator[Suggestion]:
@@ -166,21 +202,6 @@ def _elsewhere(question: Question) -> Iterator[Suggestion]:
 
 def _kept_elsewhere(question: Question, **changes: Any) -> Iterator[Suggestion]:
     answer = solve(question.but(**changes))
-    if not answer.fits:
-        return
-    calibration = question.calibration
-    away = {key: answer.layers_on(key) for key in (CPU, DISK)}
-    moved = {device.key: device.weights_bytes for device in answer.devices}
-    seconds = moved.get(DISK, 0) / calibration.disk_bytes_per_s
-    if answer.rooms.gpus:
-        seconds += moved.get(CPU, 0) / calibration.ram_to_gpu_bytes_per_s
-    else:
-        away[CPU] = 0
-    places = [f"{count} of {answer.layout.layers} layers {where}" for where, count in
-              (("in RAM", away[CPU]), ("on disk", away[DISK])) if count]  # fmt: skip
-    kept = " and ".join(places) or "a part of the model in RAM"
-    yield Suggestion(f"Keep {kept}: each token then takes {_duration(seconds)} longer, or more.", changes)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{max(1, round(1000 * seconds))} ms"
+    if answer.fits:
+        away = offload_of(answer, question.calibration)
+        yield Suggestion(f"Keep {away.kept}: each token then takes {away.longer} longer, or more.", changes)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from modules.checkpoint import refuse_quantization
 from modules.devices import Machine
 from modules.errors import LoadstoneError
 from modules.library import Library, Model, ModelFacts
@@ -15,22 +16,28 @@ from modules.planner import plan
 
 logger = logging.getLogger(__name__)
 
-# Tried in this order; the first that fits names the badge.
+# Tried in this order; the first that fits names the badge, the first two only with nothing beside the GPUs.
+_OFFLOAD = "with offload"
 _WAYS: Mapping[str, LoadOptions] = {
     "fits": LoadOptions(),
     "fits in 4-bit": LoadOptions(load_in_4bit=True),
-    "with offload": LoadOptions(disk=True),
+    _OFFLOAD: LoadOptions(disk=True),
 }
 _TOO_LARGE = "too large"
 _UNREADABLE = "cannot be read"
 
 
 def badge(facts: ModelFacts, machine: Machine) -> str:
-    """``fits``, ``fits in 4-bit``, ``with offload`` or ``too large``."""
+    """``fits``, ``fits in 4-bit``, ``with offload`` or ``too large``.
+
+    Raises UnsupportedModel for a quantization that no loader takes.
+    """
+    refuse_quantization(facts.model.name, facts.quantization)
     for word, options in _WAYS.items():
         if options.load_in_4bit and facts.quantization:
             continue
-        if plan(facts, options, machine, ctx_tokens=context_tokens(options, facts.context_tokens)).fits:
+        planned = plan(facts, options, machine, ctx_tokens=context_tokens(options, facts.context_tokens))
+        if planned.fits and (word == _OFFLOAD or not planned.offloaded):
             return word
     return _TOO_LARGE
 

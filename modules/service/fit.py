@@ -37,14 +37,15 @@ class Fit:
 
     @property
     def verdict(self) -> str:
-        """One sentence: it fits, and what more would; or what is missing where."""
+        """It fits, with what beside the GPUs, and what more would; or what is missing where."""
         if not self.fits:
             return f"Too large: {format_bytes(self.plan.missing_bytes)} more are needed on {self.plan.missing_on}."
         spare = self.plan.spare_context_tokens
         more = f" Up to {spare:,} tokens of context would fit too." if spare else ""
         others = [name for name in self.ends if name != self.plan.model]
         first = f" {' and '.join(others)} {'are' if others[1:] else 'is'} unloaded first." if others else ""
-        return f"Fits.{first}{more}"
+        slow = f", with {self.plan.offloaded}" if self.plan.offloaded else ""
+        return f"Fits{slow}.{first}{more}"
 
 
 def fit_of(

@@ -6,18 +6,21 @@ what was saved the settings'. Every method may be called from any thread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from modules import copies, packages
+from modules.checkpoint import refuse_quantization
 from modules.devices import Machine
 from modules.errors import CustomCodeRefused, LoadstoneError, MissingPackage, ModelNotFound, OptionError
 from modules.library import Library, Model, ModelFacts
 from modules.library.loras import LoraLibrary
 from modules.options import LOAD_OPTIONS, Circumstances, LoadOptions, ServerOptions, check, context_tokens, parse_values
 from modules.protocol import LoadOrder
+from modules.service import custom_code
 from modules.service.answering import Answering
 from modules.service.badges import Badges
 from modules.service.downloads import Downloads
@@ -30,7 +33,7 @@ from modules.service.shelf import Shelf
 from modules.service.traffic import Traffic
 from modules.service.training import Training
 from modules.service.view import View
-from modules.settings import CodeApprovals, Resolved, Settings, resolve
+from modules.settings import CodeApprovals, Resolved, Settings, contradicting, resolve
 from modules.supervisor import Fleet, Loaded, Snapshot, Supervisor
 
 Source = Literal["page", "api", "command line", "request"]  # the last one: a request that names a model
@@ -103,10 +106,19 @@ class Service(Answering):
         layers, warning = self._lower_layers(name)
         return resolve(layers), warning
 
-    def _lower_layers(self, name: str) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
+    def _lower_layers(
+        self, name: str, facts: ModelFacts | None = None
+    ) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
         """The layers under the form, and a warning about the model's saved file."""
         saved, warning = self.settings.saved(name) if name else ({}, "")
-        return [("settings.yaml", self.settings.load_values), ("saved", saved), ("flag", self._flags)], warning
+        return [*self._machine_layers(facts), ("saved", saved), ("flag", self._flags)], warning
+
+    def _machine_layers(self, facts: ModelFacts | None) -> list[tuple[str, Mapping[str, Any]]]:
+        """The layers under what is saved. A yes to a model's code stands in for the option where nobody gave that."""
+        return [
+            (custom_code.APPROVED, {"trust_remote_code": True} if custom_code.approved(self.approvals, facts) else {}),
+            ("settings.yaml", self.settings.load_values),
+        ]
 
     def view(self, name: str, form: Mapping[str, Any] | None = None, source: Source = "page") -> View:
         """What the page shows of ``name`` with the options of ``form``. Problems are in the view, not raised."""
@@ -114,13 +126,16 @@ class Service(Answering):
         facts: ModelFacts | None = None
         try:
             facts = self.library.facts(self.find(name, source)) if name else None
-            resolved, warning = self._resolve(facts.model.name if facts else name, form, source)
+            if facts:
+                refuse_quantization(facts.model.name, facts.quantization)
+            resolved, warning = self._resolve(facts.model.name if facts else name, facts, form, source)
         except LoadstoneError as problem:
             plain, _ = self.base("")
             return View(name, facts, plain.options, plain.origin, _reasons(facts, plain.options, machine),
                         problem=problem)  # fmt: skip
         options, dropped = self._drop_inherited(resolved, facts, machine)
-        notes = (*dropped, *([warning] if warning else []))
+        options, bounded = _within_positions(options, facts)
+        notes = (*dropped, *bounded, *([warning] if warning else []))
         found: LoadstoneError | None = None
         loras = LoraPlan()
         try:
@@ -134,20 +149,23 @@ class Service(Answering):
             notes=(*notes, *loras.notes), problem=found, context_tokens=tokens, loras=loras,
             fit=fit_of(facts, options, tokens, machine, self._endable(facts, source), loras.adapters, self.learned)
             if facts else None,
-            code_allowed=bool(facts and self._code_allowed(facts, resolved.options, resolved.origin)),
+            code_allowed=custom_code.allowed(self.approvals, facts, options, resolved.origin),
+            code_approved=custom_code.approved(self.approvals, facts),
         )  # fmt: skip
 
     def _resolve(
-        self, name: str, form: Mapping[str, Any] | None, source: Source = "page"
+        self, name: str, facts: ModelFacts | None, form: Mapping[str, Any] | None, source: Source = "page"
     ) -> tuple[Resolved[LoadOptions], str]:
-        """The options of all layers. Of the form only what differs from the layers below is a choice of its own.
+        """The options of all layers. Of the form only what differs from the layers below is a choice of its own, and
+        what is given beside something that it excludes: neither of the two may win without a word.
 
         Raises OptionError, also for a choice that only somebody at this machine may make.
         """
-        layers, warning = self._lower_layers(name)
+        layers, warning = self._lower_layers(name, facts)
         below = resolve(layers).options
         given = parse_values(LOAD_OPTIONS, form or {})
-        chosen = {key: value for key, value in given.items() if value != getattr(below, key)}
+        clashing = contradicting(given)
+        chosen = {key: value for key, value in given.items() if value != getattr(below, key) or key in clashing}
         for spec in (LOAD_OPTIONS[key] for key in chosen):
             if spec.local_only and source != "command line":
                 raise OptionError(
@@ -185,17 +203,16 @@ class Service(Answering):
         inherited = origin in ("settings.yaml", "flag") and facts.model.name != self.preselected
         return self.loras.planned(facts, options.lora, inherited=inherited)
 
-    def _code_allowed(self, facts: ModelFacts, options: LoadOptions, origin: Mapping[str, str]) -> bool:
-        """Custom code runs after a flag or settings.yaml said so, or after a yes to exactly these files."""
-        seen = bool(facts.code_files) and self.approvals.allowed(facts.model.name, facts.code_files)
-        return _owner_allows_code(options, origin) or seen
-
     def allow_code(self, name: str, hashes: Mapping[str, str]) -> None:
         """Allow the Python files of a model as seen: file name → SHA-256. Raises CustomCodeRefused if they changed."""
         facts = self.library.facts(self.find(name))
         if {file.name: file.sha256 for file in facts.code_files} != dict(hashes):
             raise CustomCodeRefused(f"The Python files of {name} are not the ones that were shown.", "Look again.")
         self.approvals.allow(name, facts.code_files)
+
+    def forget_code(self, name: str) -> None:
+        """Take back the yes to a model's Python files: from its next load on they ask again."""
+        self.approvals.forget(name)
 
     # --- loading ---
 
@@ -222,18 +239,19 @@ class Service(Answering):
         if facts is None or fit is None:
             raise AssertionError("a view of a model without a problem has facts and a plan")
         if view.options.trust_remote_code and facts.code_files and not view.code_allowed:
-            raise _code_refused(facts)
+            raise custom_code.refused(facts)
         _require_packages(view, facts)
         if not fit.fits and not anyway:
             raise refusal(fit)
         return self._order(view, facts, fit), fit
 
     def _order(self, view: View, facts: ModelFacts, fit: Fit) -> LoadOrder:
-        by_hashes = view.code_allowed and not _owner_allows_code(view.options, view.origin)
+        by_hashes = view.code_allowed and not custom_code.owner_allows(view.options, view.origin)
         return LoadOrder(
             name=facts.model.name, path=str(facts.model.path), file_format=facts.model.file_format,
             task=facts.task, quantization=facts.quantization, options=view.options,
-            ctx_tokens=view.context_tokens, offload_dir=view.options.disk_cache_dir or str(self._cache_dir / "offload"),
+            ctx_tokens=view.context_tokens,
+            offload_dir=_absolute(view.options.disk_cache_dir) or str(self._cache_dir / "offload"),
             cache_dir=str(self._cache_dir), custom_code_allowed=view.code_allowed,
             code_hashes={file.name: file.sha256 for file in facts.code_files} if by_hashes else {},
             device_map=dict(fit.plan.device_map) if fit.fits else {}, expected=fit.expected if fit.fits else (),
@@ -310,9 +328,13 @@ class Service(Answering):
 
     def save_settings(self, name: str, form: Mapping[str, Any]) -> Path:
         """Keep the options for this model: what differs from the table and settings.yaml. Raises OptionError."""
-        self.find(name)
-        lower = resolve([("settings.yaml", self.settings.load_values)]).options
-        resolved, _ = self._resolve(name, form)
+        model = self.find(name)
+        try:
+            facts: ModelFacts | None = self.library.facts(model)
+        except LoadstoneError:  # it cannot be loaded now; its settings are kept all the same
+            facts = None
+        lower = resolve(self._machine_layers(facts)).options
+        resolved, _ = self._resolve(name, facts, form)
         values = {
             key: value for key in LOAD_OPTIONS if (value := getattr(resolved.options, key)) != getattr(lower, key)
         }
@@ -334,8 +356,20 @@ def _reasons(facts: ModelFacts | None, options: LoadOptions, machine: Machine) -
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _owner_allows_code(options: LoadOptions, origin: Mapping[str, str]) -> bool:
-    return options.trust_remote_code and origin.get("trust_remote_code") in ("flag", "settings.yaml")
+def _within_positions(options: LoadOptions, facts: ModelFacts | None) -> tuple[LoadOptions, tuple[str, ...]]:
+    """With a context of no more tokens than the model has positions, and a note where more were asked for."""
+    if facts is None or not facts.positions or context_tokens(options, facts.context_tokens) <= facts.positions:
+        return options, ()
+    note = (
+        f"A context of {options.ctx_size:,} tokens cannot be: the model has {facts.positions:,} positions, and those "
+        "are used."
+    )
+    return replace(options, ctx_size=facts.positions), (note,) if options.ctx_size else ()
+
+
+def _absolute(folder: str) -> str:
+    """A folder as somebody here named it, for a process that runs elsewhere; "" stays."""
+    return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
 def _require_packages(view: View, facts: ModelFacts) -> None:
@@ -349,8 +383,3 @@ def _require_packages(view: View, facts: ModelFacts) -> None:
                 f"{facts.model.name} needs {', '.join(packages.missing(feature))}.",
                 f"Run: {packages.install_line(*packages.EXTRAS[feature])}",
             )
-
-
-def _code_refused(facts: ModelFacts) -> CustomCodeRefused:
-    files = ", ".join(f"{file.name} (SHA-256 {file.sha256[:12]}…)" for file in facts.code_files)
-    return CustomCodeRefused(f"{facts.model.name} brings Python code that nobody has allowed yet: {files}.")

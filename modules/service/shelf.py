@@ -56,6 +56,10 @@ class Shelf:
             source, record is not None,
         )  # fmt: skip
 
+    def size_of(self, name: str) -> int:
+        """The bytes that this one takes. Raises ModelNotFound."""
+        return keeping.size_of(self._library.find(name).path)
+
     def used(self, name: str) -> None:
         """The model is being loaded."""
         self.marks.used(name, time.time())

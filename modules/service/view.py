@@ -25,5 +25,6 @@ class View:
     problem: LoadstoneError | None = None  # what a load with these options would be refused for
     fit: Fit | None = None
     context_tokens: int = 0
-    code_allowed: bool = False
+    code_allowed: bool = False  # to run with these options
+    code_approved: bool = False  # somebody has said yes to exactly its files; the option may be off all the same
     loras: LoraPlan = field(default_factory=LoraPlan)

@@ -16,12 +16,30 @@ from typing import Any, Generic, Protocol, TypeVar
 import yaml
 
 from modules.errors import CustomCodeRefused, DiskFull, LoadstoneError, SettingsError
-from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS, PRECISIONS, SERVER_OPTIONS, LoadOptions, Spec, find
+from modules.options import (
+    GENERATION_OPTIONS,
+    LOAD_OPTIONS,
+    PRECISIONS,
+    SERVER_OPTIONS,
+    LoadOptions,
+    Spec,
+    find,
+    parse_values,
+)
 from modules.options.loader import EXCLUSIVE
 from modules.settings.legacy import FILE_NAME as LEGACY_FILE_NAME
 from modules.settings.legacy import ImportPlan, plan_import
 
-__all__ = ["CodeApprovals", "ImportPlan", "Resolved", "Settings", "read_values", "resolve", "write_whole"]
+__all__ = [
+    "CodeApprovals",
+    "ImportPlan",
+    "Resolved",
+    "Settings",
+    "contradicting",
+    "read_values",
+    "resolve",
+    "write_whole",
+]
 
 T = TypeVar("T")
 _CODE_VERSION = 1
@@ -53,7 +71,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved[LoadOpt
     values: dict[str, Any] = {}
     origin = dict.fromkeys(LOAD_OPTIONS, "default")
     for layer, given in layers:
-        parsed = {(spec := find(LOAD_OPTIONS, name)).name: spec.parse(value) for name, value in given.items()}
+        parsed = parse_values(LOAD_OPTIONS, given)
         for winner, loser in _alternatives():
             if _on(parsed, winner) and loser not in parsed and _on(values, loser):
                 del values[loser]
@@ -61,6 +79,11 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved[LoadOpt
         values.update(parsed)
         origin.update(dict.fromkeys(parsed, layer))
     return Resolved(LoadOptions(**values), origin)
+
+
+def contradicting(given: Mapping[str, Any]) -> frozenset[str]:
+    """Of the parsed values of one layer the names of those that are turned on beside an alternative of theirs."""
+    return frozenset(one for one, other in _alternatives() if _on(given, one) and _on(given, other))
 
 
 def _alternatives() -> Iterator[tuple[str, str]]:
@@ -111,7 +134,7 @@ class Settings:
         Nothing to keep leaves a file too: it says that there is nothing to import for this model.
         """
         path = self.path_of(model_name)
-        parsed = {(spec := find(LOAD_OPTIONS, name)).name: spec.parse(value) for name, value in values.items()}
+        parsed = parse_values(LOAD_OPTIONS, values)
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in parsed.items()}
         write_whole(path, yaml.safe_dump(plain, sort_keys=False) if plain else "{}\n")
         return path
@@ -213,8 +236,16 @@ class CodeApprovals:
                 "Put that code into the model's folder, and mend auto_map in its files.",
             )
         with self._lock:
-            models = {**self._read(), model_name: _hashes(code_files)}
-            write_whole(self._file, json.dumps({"version": _CODE_VERSION, "models": models}, indent=1))
+            self._write({**self._read(), model_name: _hashes(code_files)})
+
+    def forget(self, model_name: str) -> None:
+        """Take the yes back: its code asks again. Raises DiskFull, SettingsError."""
+        with self._lock:
+            if model_name in (models := self._read()):
+                self._write({name: hashes for name, hashes in models.items() if name != model_name})
+
+    def _write(self, models: Mapping[str, Any]) -> None:
+        write_whole(self._file, json.dumps({"version": _CODE_VERSION, "models": models}, indent=1))
 
     def _read(self) -> dict[str, Any]:
         try:
