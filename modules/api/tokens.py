@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from modules.api.openai.bodies import FIRST, Body
-from modules.api.openai.embeddings import Threads
 from modules.api.openai.running import Lane
+from modules.api.threads import Threads
 from modules.service import Service
 from modules.service.asking import user_of
 

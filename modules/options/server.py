@@ -103,7 +103,7 @@ class ServerOptions:
         "integer", 300, "Wait for a load", "With --load-on-demand: the seconds that a request waits for its model.",
         group="server", low=1, high=86_400,
     )  # fmt: skip
-    verbose: bool = option("flag", False, "Verbose", "Log more.", group="server")
+    verbose: bool = option("flag", False, "Verbose", "Log more, and print the details of errors.", group="server")
 
 
 @dataclass(frozen=True)

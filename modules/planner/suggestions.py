@@ -190,7 +190,7 @@ def _elsewhere(question: Question) -> Iterator[Suggestion]:
     options, machine = question.options, question.machine
     on_gpu = bool(machine.gpus) and not options.cpu
     if on_gpu and not options.cpu_memory:
-        yield from _kept_elsewhere(question, cpu_memory=machine.ram_free_bytes * 9 // 10 / GIB)
+        yield from _kept_elsewhere(question, cpu_memory=(machine.ram_free_bytes * 9 // GIB) / 10)
     if not options.disk:
         yield from _kept_elsewhere(question, disk=True)
     if on_gpu:

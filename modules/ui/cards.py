@@ -200,7 +200,8 @@ def fit_card(view: View, machine: Machine) -> str:
     if (disk := planned.get("disk")) and disk.weights_bytes:
         parts.append(f'<div class="small">{format_bytes(disk.weights_bytes)} of layers on disk</div>')
     if view.fit:
-        parts.append(f'<div class="{"ok" if view.fit.fits else "bad"}">{escape(view.fit.verdict)}</div>')
+        css = "bad" if not view.fit.fits else "slow" if view.fit.plan.offloaded else "ok"
+        parts.append(f'<div class="{css}">{escape(view.fit.verdict)}</div>')
         parts.append(_plan_table(view.fit))
         parts += [f'<div class="small">{escape(_last_load(one))}</div>' for one in view.fit.last]
     if view.problem:

@@ -13,12 +13,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from modules.api.openai.bodies import MOST_PROMPTS, CompletionBody
-from modules.api.openai.embeddings import Threads
 from modules.api.openai.orders import completion_orders, prompts
 from modules.api.openai.reaching import Target, reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, usage
 from modules.api.openai.streaming import stream
+from modules.api.threads import Threads
 from modules.errors import OptionError
 from modules.protocol import Done, GenerateOrder, Piece
 from modules.service import Service

@@ -17,7 +17,7 @@ import pytest
 
 from modules.api.openai import embeddings
 from modules.api.openai.bodies import EmbeddingBody
-from modules.api.openai.embeddings import Threads
+from modules.api.threads import Threads
 from modules.service.embedding import Vectors
 from tests.api.openai.test_reaching import application
 from tests.conftest import wait_until
