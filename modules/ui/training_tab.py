@@ -153,7 +153,8 @@ def _unfinished() -> tuple[gr.Column, gr.Dropdown, gr.Button, gr.Button, asking.
         )  # fmt: skip
         with gr.Row(elem_id="training-run-buttons", elem_classes="flow"):
             resume, discard = _button("Resume", "resume"), _button("Delete …", "discard")
-        discarding = asking.build("training-discard", "delete it", "keep it")
+    # Not in the column: Gradio 6.31 shows buttons that are to be hidden when a column around them appears.
+    discarding = asking.build("training-discard", "delete it", "keep it")
     return runs, run, resume, discard, discarding
 
 
