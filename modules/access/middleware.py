@@ -44,11 +44,8 @@ _MOST_LOGIN_BYTES = 8 * 2**10
 _UPLOADS = "/gradio_api/upload"  # an administrator's files are as large as they are
 
 _API = "/v1/"
-_UNREAD = (
-    RequestTooLarge.status,
-    RequestTooSlow.status,
-    Overloaded.status,
-)  # the rest of their bodies is not waited for
+# The rest of their bodies is not waited for.
+_UNREAD = (RequestTooLarge.status, RequestTooSlow.status, Overloaded.status)
 # Pictures and the like from here alone: the address of one in an answer could tell another host what was said.
 _SOURCES = ("img-src", "media-src", "font-src")
 _SECURITY_HEADERS = {
@@ -138,14 +135,15 @@ class AccessMiddleware:
         if f"{method} {path}" in OPEN_ROUTES:
             return self.applications[Role.ADMIN]
         try:
-            role = await self._role(scope, headers)
+            login = self._sessions.login(_token(scope, headers))
+            role = await self._role(scope, headers, login)
         except LoginRequired:
             if method in ("GET", "HEAD") and "text/html" in headers.get("accept", ""):
                 return RedirectResponse(f"{self._subpath}/login", 303)
             raise
         seen_of(scope).role = role.value
         scope["auth"] = AuthCredentials([KEEP_ALIVE] if role is Role.ADMIN else [])
-        name_user(scope, peers.user(_client(scope), headers, self._login_of(scope, headers)))
+        name_user(scope, peers.user(_client(scope), headers, login))
         if role is Role.GUEST and not guest_may(method, path):
             raise AccessRefused(
                 f"{method} {path} is the administrator's.",
@@ -153,11 +151,10 @@ class AccessMiddleware:
             )
         return self.applications.get(role, self.applications[Role.ADMIN])
 
-    async def _role(self, scope: Scope, headers: Headers) -> Role:
-        """Who asks. Raises LoginRequired and TooManyAttempts."""
+    async def _role(self, scope: Scope, headers: Headers, login: Login | None) -> Role:
+        """Who asks, with the ``login`` of the browser if any. Raises LoginRequired and TooManyAttempts."""
         if not self._credentials:
             return Role.ADMIN
-        login = self._login_of(scope, headers)
         role = login.role if login else None
         given = headers.get("authorization", "")
         if role and given.lower().startswith("basic "):
@@ -167,10 +164,6 @@ class AccessMiddleware:
         if role is None:
             raise LoginRequired("The key is not known here." if given else "A login or a key is needed here.")
         return role
-
-    def _login_of(self, scope: Scope, headers: Headers) -> Login | None:
-        """Who has logged in with the browser that asks."""
-        return self._sessions.login(_token(scope, headers))
 
     async def _proven(self, client: str, secret: str, user: str) -> Role | None:
         """The role of who knows this; None for nobody. After wrong attempts from that address it takes a while.

@@ -26,7 +26,6 @@ class Prompt:
 
     ``thinking``: the chat template has opened the model's reasoning, which the answer goes on with.
     ``continues``: the answer goes on with the prompt's text, amidst a sentence maybe, instead of beginning one.
-    ``continues``: the answer goes on with the prompt's text, amidst a sentence maybe, instead of beginning one.
     """
 
     ids: list[int]
@@ -219,7 +218,6 @@ class Prompter:
         dropped, continue_last = len(order.messages) - len(messages), order.continue_last
         if continue_last and not messages[-1]["content"]:
             messages, continue_last = messages[:-1], False  # nothing to go on with: answer
-        continues = continue_last and self.task == "causal"
         continues = continue_last and self.task == "causal"
         if not self.tokenizer.chat_template:
             _refuse_without_template(order.shape)

@@ -38,7 +38,6 @@ class Shaping:
         self._tokenizer = tokenizer
         self._thinking = thinking
         self._texts = texts
-        self._texts = texts
         self._repetition_penalty = repetition_penalty
         self._bias = {int(token): value for token, value in shape.logit_bias.items()}
         self._counts: Counter[int] = Counter()

@@ -13,7 +13,7 @@ from modules.protocol import Chunk, GenerateOrder, Piece, Waiting, encode
 if TYPE_CHECKING:
     from modules.worker.app import Worker
 
-FIRST_WAIT_S = 0.002
+FIRST_WAIT_S = 0.002  # that the engine waits at most for the first text of an answer to be sent
 FLUSH_SECONDS = 0.05  # text waits at most so long for more: a line for every token would cost a fast model speed
 
 
