@@ -269,6 +269,7 @@ def main() -> None:
     if "never-listen" in words:
         forever()
     Handler.secret = hello.secret
+    ThreadingHTTPServer.request_queue_size = 128  # as the worker's: with 5, many at once are reset
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     say(Listening(os.getpid(), server.server_address[1]))

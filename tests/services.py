@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,3 +115,14 @@ def measured_loads(service: Service, name: str, values: dict[str, Any]) -> tuple
     wait_until(lambda: any(one.time >= loaded.since for one in service.learned.last(expected, machine)))
     service.unload()
     return service.learned.last(expected, machine), loaded
+
+
+def coded_model(folder: Path, demo_model: Path, code: str = "x = 1\n") -> None:
+    """The demo model as one that brings a file of Python."""
+    folder.mkdir()
+    for file in demo_model.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    config = json.loads((demo_model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling.M"}}))
+    (folder / "modeling.py").write_text(code)

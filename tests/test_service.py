@@ -27,7 +27,7 @@ from modules.protocol import Done, Piece
 from modules.service import Source, Stop
 from modules.supervisor import State
 from tests import checkpoints, loras, planner_checkpoints
-from tests.services import CountedMeasure, CountedSettings, Make, services
+from tests.services import CountedMeasure, CountedSettings, Make, coded_model, services
 
 # A value that differs from the default for each option that applies to the demo model on a machine without a GPU.
 OTHER_VALUES: dict[str, Any] = {
@@ -315,13 +315,7 @@ def custom_code(folder: Path, body: str = "x = 1\n") -> None:
 def test_custom_code_runs_only_after_a_yes_to_exactly_these_files(make: Make, tmp_path: Path, demo_model: Path) -> None:
     service = make()
     folder = tmp_path / "models" / "coded"
-    folder.mkdir()
-    for file in demo_model.iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / "config.json").unlink()
-    config = json.loads((demo_model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling.M"}}))
-    custom_code(folder)
+    coded_model(folder, demo_model)
 
     assert not service.order("coded").custom_code_allowed
     with pytest.raises(CustomCodeRefused, match=r"modeling\.py"):

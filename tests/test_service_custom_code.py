@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,14 @@ from modules.errors import CustomCodeRefused
 from modules.service import Service, Source
 from modules.ui import cards, model_actions, model_tab
 from modules.ui.form import form_updates
-from tests.services import Make, services
+from tests.services import Make, coded_model, services
 
 
 @pytest.fixture
 def make(tmp_path: Path, demo_model: Path) -> Iterator[Make]:
     """A service on a home with the model ``coded``, which brings a file of Python."""
     with services(tmp_path, demo_model) as made:
-        folder = tmp_path / "models" / "coded"
-        folder.mkdir()
-        for file in demo_model.iterdir():
-            (folder / file.name).symlink_to(file)
-        (folder / "config.json").unlink()
-        config = json.loads((demo_model / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling.M"}}))
-        (folder / "modeling.py").write_text("x = 1\n")
+        coded_model(tmp_path / "models" / "coded", demo_model)
         yield made
 
 

@@ -33,11 +33,8 @@ def router(service: Service) -> APIRouter:
 
     async def answer(request: Request, work: Callable[[], dict[str, Any]]) -> JSONResponse:
         user = user_of(request.scope)
-        lane.enter(user, 1)
-        try:
+        with lane.place(user):
             return await asyncio.wrap_future(threads.submit(user, lambda: JSONResponse(work())))
-        finally:
-            lane.leave(user)
 
     @routes.post("/v1/internal/encode")
     async def encode(body: TextBody, request: Request) -> JSONResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ def router(service: Service, lane: Lane) -> APIRouter:
             name = body.model or target.use.name
             fronts = ["" for _ in orders]
             if running is None:
-                with _place(lane, user):
+                with lane.place(user):
                     work = partial(_prompts, service, orders, target.use)
                     fronts = await asyncio.wrap_future(threads.submit(user, work))
                 running = await run_in_threadpool(run, orders, target.use)
@@ -59,16 +59,6 @@ def router(service: Service, lane: Lane) -> APIRouter:
         return JSONResponse(_whole(await collect(running), body, name, fronts))
 
     return routes
-
-
-@contextlib.contextmanager
-def _place(lane: Lane, user: str) -> Iterator[None]:
-    """One place in the lane meanwhile."""
-    lane.enter(user, 1)
-    try:
-        yield
-    finally:
-        lane.leave(user)
 
 
 def _prompts(service: Service, orders: Sequence[GenerateOrder], use: Use) -> list[str]:

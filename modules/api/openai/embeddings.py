@@ -49,12 +49,9 @@ def router(service: Service, lane: Lane) -> APIRouter:
 
         async with reached(service, body.model, body.keep_alive, request, embedder) as (target, work):
             seen.model = target.use.name
-            lane.enter(user, 1)
-            try:
+            with lane.place(user):
                 whole = partial(_whole, work, body, body.model or target.use.name)
                 written, seen.prompt_tokens = await _run(work, threads.submit(user, whole), request)
-            finally:
-                lane.leave(user)
         service.traffic.read(seen.model, seen.prompt_tokens)
         return Response(written, media_type="application/json")
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
@@ -54,6 +54,15 @@ class Lane:
                     "Wait for some of them to come.",
                 )
             self._inside[user] += count
+
+    @contextlib.contextmanager
+    def place(self, user: str) -> Iterator[None]:
+        """One place meanwhile. Raises as :meth:`enter`."""
+        self.enter(user, 1)
+        try:
+            yield
+        finally:
+            self.leave(user)
 
     def leave(self, user: str) -> None:
         """Give one place back."""
