@@ -18,6 +18,14 @@ _USEFUL_CONTEXT = 2048  # tokens; a shorter one is a worse loss than 8-bit weigh
 _LEAST_CONTEXT = 512
 _FOUR: Mapping[str, bool] = {"load_in_4bit": True, "load_in_8bit": False, "bf16": False}
 _FOUR_DOUBLE: Mapping[str, bool] = {**_FOUR, "use_double_quant": True}
+_WORSE = "Answers get slightly worse"
+# How weights can be quantized while loading, the least loss first: what it costs, and the options.
+_EIGHT_BIT, _FOUR_BIT, _DOUBLE = "8-bit", "4-bit", "4-bit with double quantization"
+_WAYS: Mapping[str, tuple[str, Mapping[str, bool]]] = {
+    _EIGHT_BIT: ("Answers stay close to the original", {"load_in_8bit": True, "bf16": False}),
+    _FOUR_BIT: (_WORSE, _FOUR),
+    _DOUBLE: (_WORSE, _FOUR_DOUBLE),
+}
 _LONGEST_CONTEXT = 1 << 20  # tokens, where the model does not say
 
 
@@ -44,22 +52,22 @@ def on_gpus_alone(question: Question) -> tuple[Suggestion, ...]:
     """For a model that fits with a part of it beside the GPUs: the ways to quantize it so that none is."""
     if question.checkpoint.quantization:
         return ()
-    eight = {"load_in_8bit": True, "bf16": False}
-    ways = [
-        ("8-bit: {weights} of weights, {where}. Answers stay close to the original.", eight),
-        ("4-bit: {weights} of weights, {where}. Answers get slightly worse.", _FOUR),
-        ("4-bit with double quantization: {weights} of weights, {where}. Answers get slightly worse.", _FOUR_DOUBLE),
-    ]
     found: list[Suggestion] = []
-    for text, changes in ways[question.quantizes :]:
+    for way, (_, changes) in _WAYS.items():
+        if way == _EIGHT_BIT and question.quantizes:
+            continue
         answer = solve(question.but(**changes))
         if answer.fits and not answer.offloads:
-            where = "all on the GPUs" if answer.rooms.gpus[1:] else "all on the GPU"
-            text = f"Load in {text.format(weights=format_bytes(_weights(answer)), where=where)}"
-            found.append(Suggestion(text, changes))
-            if "load_in_4bit" in changes:
+            where = ", all on the GPUs" if answer.rooms.gpus[1:] else ", all on the GPU"
+            found.append(Suggestion(_loaded_in(way, where).format(weights=format_bytes(_weights(answer))), changes))
+            if way != _EIGHT_BIT:
                 break
     return tuple(found)
+
+
+def _loaded_in(way: str, where: str = "", more: str = "") -> str:
+    """What a suggestion says of one of :data:`_WAYS`; ``{weights}`` stands for their bytes."""
+    return f"Load in {way}: {{weights}} of weights{where}. {_WAYS[way][0]}{more}."
 
 
 def _in_order(question: Question, freed: Machine | None) -> Iterator[Suggestion]:
@@ -109,24 +117,16 @@ def _wider(question: Question) -> Iterator[Suggestion]:
 def _quantized(question: Question) -> Iterator[Suggestion]:
     options = question.options
     if _can(question, load_in_8bit=True) and not options.load_in_4bit:
-        yield from _one(
-            question, "Load in 8-bit: {weights} of weights. Answers stay close to the original; each takes longer.",
-            load_in_8bit=True, bf16=False,
-        )  # fmt: skip
+        yield from _one(question, _loaded_in(_EIGHT_BIT, more="; each takes longer"), **_WAYS[_EIGHT_BIT][1])
     if question.checkpoint.quantization:
         return
     if not options.load_in_4bit:
-        way = list(_one(question, "Load in 4-bit: {weights} of weights. Answers get slightly worse.", **_FOUR))
+        way = list(_one(question, _loaded_in(_FOUR_BIT), **_FOUR))
         if way:
             yield from way
             return
     if not options.use_double_quant:
-        way = list(
-            _one(
-                question, "Load in 4-bit with double quantization: {weights} of weights. Answers get slightly worse.",
-                **_FOUR_DOUBLE,
-            )
-        )  # fmt: skip
+        way = list(_one(question, _loaded_in(_DOUBLE), **_FOUR_DOUBLE))
         if way:
             yield from way
             return
