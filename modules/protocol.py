@@ -33,6 +33,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from modules.errors import LoadstoneError, error_from_dict
 from modules.options import GenerationOptions, LoadOptions
+from modules.unicode import well_formed
 from modules.units import counted
 
 LOAD, GENERATE, COUNT, MEMORY = "/load", "/generate", "/count", "/memory"
@@ -361,8 +362,11 @@ def _fields(message: Any) -> dict[str, Any]:
 
 
 def decode(line: bytes | str) -> Any:
-    """The message of one line. Raises ValueError for what is none."""
-    data = json.loads(line)
+    """The message of one line; its texts are Unicode. Raises ValueError for what is none."""
+    text = line if isinstance(line, str) else line.decode()
+    data = json.loads(text)
+    if "\\ud" in text:  # as :func:`encode` writes halves of characters, and emoji
+        data = well_formed(data)
     if not isinstance(data, dict) or data.get("is") not in _CLASSES:
         raise ValueError(f"not a message: {line[:200]!r}")
     name = data.pop("is")

@@ -103,6 +103,12 @@ def test_an_error_comes_back_with_its_class() -> None:
     assert again.error.fix == {"load_in_4bit": True}
 
 
+def test_halves_of_characters_do_not_arrive() -> None:
+    """As a page sends them that cuts an emoji in two; whole ones stay."""
+    halves = CountOrder(messages=({"role": "user", "content": "a\ud83d 😀", "tool\udc00": ["\ud83d"]},))
+    assert decode(encode(halves)).messages == ({"role": "user", "content": "a\ufffd 😀", "tool\ufffd": ["\ufffd"]},)
+
+
 @pytest.mark.parametrize(
     "line", ["", "[]", "{}", '{"is": "Nothing"}', '{"is": "Piece", "text": "a", "tokens": 1, "x": 2}']
 )

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from modules.access import AccessMiddleware, Role, from_options
 from modules.options import ServerOptions
+from tests.loops import run
 
 SERVER = ServerOptions(api_key="guest-key", admin_key="admin-key")
 
@@ -58,4 +59,4 @@ def test_large_bodies_of_one_user_leave_room_for_others(monkeypatch: pytest.Monk
             await asyncio.wait(waiting)
             assert [one in done and one.result() for one in asked] == [False] * 4 + [503] * 2 + [False] * 2
 
-    asyncio.run(all_at_once())
+    run(all_at_once())

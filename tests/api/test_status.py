@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from modules import api
 from modules.api.status import MOST_OF_ONE, MOST_STREAMS
 from modules.service.asking import name_user
+from tests.loops import run
 from tests.services import services
 
 Message = MutableMapping[str, Any]
@@ -71,4 +72,4 @@ def test_one_user_leaves_streams_to_the_others(demo_model: Path, tmp_path: Path)
     with services(tmp_path, demo_model) as make:
         app = FastAPI()
         api.install(app, make())
-        asyncio.run(statuses(app))
+        run(statuses(app))

@@ -12,6 +12,7 @@ import pytest
 
 from modules.service.asking import name_user
 from tests.api.openai.test_reaching import application
+from tests.loops import run
 from tests.supervised import LIMIT_S
 
 MANY = 60  # more than there are threads for requests
@@ -52,7 +53,7 @@ def test_one_users_texts_take_no_thread_from_anybody(tmp_path: Path, monkeypatch
         return [1, 2]
 
     monkeypatch.setattr(service, "encode", encode)
-    others, held = asyncio.run(_while_held(app, go_on))
+    others, held = run(_while_held(app, go_on))
     assert others == [200, 200]
     assert held == [{"length": 2}] * MANY
     service.close()

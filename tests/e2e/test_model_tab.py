@@ -347,7 +347,7 @@ def test_progress_is_seen_while_quantizing(server: Server, open_page: Callable[.
     assert counted, sorted({entry["card"] for entry in seen})
     widths = {entry["width"] for entry in counted}
     assert len(widths) > 1, f"the bar did not grow: {widths}"
-    assert any(re.search(rf"Loading {NAME} \d+ %", entry["status"]) for entry in seen)
+    assert any(re.search(rf"Loading {NAME}\s\d+ %", entry["status"]) for entry in seen)
 
 
 def test_enter_in_a_number_field_loads(server: Server, open_page: Callable[..., Page]) -> None:

@@ -49,7 +49,8 @@ TokenIds = Annotated[list[TokenId], FIRST]
 class Body(BaseModel):
     """Takes its own fields alone."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    # Any bound, even none at all, makes pydantic refuse a text that is no Unicode, which no tokenizer takes.
+    model_config = ConfigDict(extra="forbid", strict=False, str_min_length=0)
 
     @model_validator(mode="before")
     @classmethod

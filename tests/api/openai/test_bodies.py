@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from modules.api.openai.bodies import MOST_FIELDS, MOST_PARTS, ChatBody, CompletionBody, Message
+from modules.api.openai.bodies import MOST_FIELDS, MOST_PARTS, ChatBody, CompletionBody, EmbeddingBody, Message
 from modules.api.tokens import TextBody, TokensBody
 
 MANY = 5000
@@ -109,3 +109,21 @@ def test_parts_have_a_bound_for_all_messages_together(held: dict[str, Any]) -> N
     with pytest.raises(ValidationError, match="parts of messages are too many") as caught:
         ChatBody.model_validate({"messages": [*many, *many[:1]]})
     assert caught.value.errors()[0]["loc"] == ("messages",)
+
+
+@pytest.mark.parametrize(
+    ("cls", "body", "field"),
+    [
+        (CompletionBody, {"prompt": "a\ud800"}, "prompt"),
+        (CompletionBody, {"prompt": ["a", "\udc00"]}, "prompt"),
+        (CompletionBody, {"prompt": "a", "stop": "\ud800"}, "stop"),
+        (ChatBody, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        (ChatBody, {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "messages"),
+        (EmbeddingBody, {"input": "\ud800"}, "input"),
+    ],
+)
+def test_half_a_character_is_refused_by_its_field(cls: type[BaseModel], body: dict[str, Any], field: str) -> None:
+    """JSON can write it, and no tokenizer takes it."""
+    with pytest.raises(ValidationError, match="unicode") as refused:
+        cls.model_validate(body)
+    assert {one["loc"][0] for one in refused.value.errors()} == {field}

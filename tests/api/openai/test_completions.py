@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.api.openai.test_reaching import application
+from tests.loops import run
 from tests.supervised import LIMIT_S
 
 MANY = 60  # more than there are threads for requests
@@ -62,6 +63,6 @@ def test_prompts_that_are_decoded_take_no_thread_from_others(loaded: Any, monkey
     service, app = loaded
     go_on = threading.Event()
     monkeypatch.setattr(service, "decode", lambda *_: str(go_on.wait(LIMIT_S)))
-    page, answers = asyncio.run(_asked(app, go_on))
+    page, answers = run(_asked(app, go_on))
     assert page == 200
     assert answers == {200}

@@ -21,6 +21,7 @@ from modules.api.threads import Threads
 from modules.service.embedding import Vectors
 from tests.api.openai.test_reaching import application
 from tests.conftest import wait_until
+from tests.loops import run
 from tests.supervised import LIMIT_S
 
 COUNT, SIZE = 256, 4096
@@ -63,7 +64,7 @@ async def _asked(app: Any, encoding: str) -> tuple[httpx.Response, float, float]
 
 
 def test_many_numbers_are_written_while_others_are_served(app: Any) -> None:
-    answer, whole_s, longest_s = asyncio.run(_asked(app, "float"))
+    answer, whole_s, longest_s = run(_asked(app, "float"))
     assert answer.status_code == 200
     assert longest_s < whole_s / 3
     given = answer.json()
@@ -71,7 +72,7 @@ def test_many_numbers_are_written_while_others_are_served(app: Any) -> None:
     assert given["data"][-1]["embedding"] == pytest.approx([number / 7 for number in range(SIZE)])
     assert {key: given[key] for key in ("object", "model")} == {"object": "list", "model": "good"}
     assert given["usage"] == {"prompt_tokens": 2 * COUNT, "total_tokens": 2 * COUNT}
-    as_bytes = asyncio.run(_asked(app, "base64"))[0].json()["data"][1]["embedding"]
+    as_bytes = run(_asked(app, "base64"))[0].json()["data"][1]["embedding"]
     assert struct.unpack(f"<{SIZE}f", base64.b64decode(as_bytes)) == tuple(given["data"][1]["embedding"])
 
 

@@ -23,6 +23,7 @@ from modules.service import Service
 from modules.settings import CodeApprovals, Settings
 from modules.supervisor import NEVER, Supervisor
 from tests import checkpoints
+from tests.loops import run
 from tests.services import MACHINE
 from tests.supervised import FAKE_WORKER, LIMIT_S
 
@@ -90,7 +91,7 @@ def test_those_who_wait_keep_nobody_else_waiting_and_are_told_when_to_try_again(
             assert on_demand.waiting == waiting
             return await asyncio.gather(*asked), waiting
 
-    answers, waiting = asyncio.run(ask())
+    answers, waiting = run(ask())
     assert waiting == WAITING
     assert {answer.status_code for answer in answers} == {503}
     assert {answer.json()["error"]["code"] for answer in answers} == {"load_pending"}
