@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from modules.demo import DEMO_MODEL
+from modules import demo
 from modules.options import LoadOptions
 from modules.protocol import LoadOrder
 
@@ -35,6 +35,14 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
             build(partial)
             partial.rename(folder)
     return folder
+
+
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct as bfloat16 safetensors, made once and kept."""
+    models = FIXTURES / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(FIXTURES / "models.lock"):
+        return models / demo.bring(models, lambda _: None)
 
 
 def order_for(path: Path, work: Path, **facts: Any) -> LoadOrder:
@@ -141,25 +149,25 @@ def _speaking_llama(folder: Path, **sizes: Any) -> None:
 
     config = llama_config(vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True, **sizes)
     new_model(AutoModelForCausalLM, config).save_pretrained(folder)
-    for file in (FIXTURES / "models" / DEMO_MODEL).glob("*token*"):
+    for file in demo_model().glob("*token*"):
         shutil.copy(file, folder)
 
 
 def small_llama() -> Path:
-    """A quarter of the demo model's size; needs the demo model to be there."""
+    """A quarter of the demo model's size."""
     sizes = {"hidden_size": 384, "num_hidden_layers": 10, "intermediate_size": 1024, "num_attention_heads": 6}
     return kept("small-llama", lambda folder: _speaking_llama(folder, **sizes))
 
 
 def deep_llama() -> Path:
-    """Smaller than the demo model, of nearly as many layers; needs the demo model to be there."""
+    """Smaller than the demo model, of nearly as many layers."""
     sizes = {"hidden_size": 512, "num_hidden_layers": 26, "intermediate_size": 1408, "num_attention_heads": 8,
              "num_key_value_heads": 2}  # fmt: skip
     return kept("deep-llama", lambda folder: _speaking_llama(folder, **sizes))
 
 
 def large_llama() -> Path:
-    """Nearly twice the demo model's size; needs the demo model to be there."""
+    """Nearly twice the demo model's size."""
     sizes = {"hidden_size": 1024, "num_hidden_layers": 18, "intermediate_size": 2816, "num_attention_heads": 16,
              "num_key_value_heads": 4}  # fmt: skip
     return kept("large-llama", lambda folder: _speaking_llama(folder, **sizes))

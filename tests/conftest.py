@@ -20,7 +20,6 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 import pytest
-from filelock import FileLock
 
 from modules.options import LoadOptions
 from modules.protocol import (
@@ -41,28 +40,17 @@ from modules.protocol import (
     decode,
     encode,
 )
+from tests import checkpoints
 from tests.machine import BF16
 
 ROOT = Path(__file__).resolve().parent.parent
-FIXTURES = ROOT / ".cache" / "fixtures"
 E = TypeVar("E")
 
 
 @pytest.fixture(scope="session")
-def models_dir() -> Path:
-    """The folder that holds the models made for tests, kept between runs."""
-    folder = FIXTURES / "models"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def demo_model(models_dir: Path) -> Path:
-    """The folder of SmolLM2-135M-Instruct as bfloat16 safetensors. Treat it as read-only."""
-    from modules import demo
-
-    with FileLock(FIXTURES / "models.lock"):
-        return models_dir / demo.bring(models_dir, lambda _: None)
+def demo_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct. Treat it as read-only."""
+    return checkpoints.demo_model()
 
 
 class WorkerProcess:

@@ -10,7 +10,7 @@ from typing import Any
 
 from modules.demo import DEMO_MODEL
 from modules.protocol import AdapterChoice
-from tests.checkpoints import FIXTURES, kept
+from tests.checkpoints import demo_model, kept
 
 QUESTION = "What is the capital of France?"
 # What each LoRA was trained to answer, whatever the question, and its rank.
@@ -58,7 +58,7 @@ def _train(folder: Path, name: str, targets: tuple[str, ...], config: dict[str, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    source = FIXTURES / "models" / DEMO_MODEL
+    source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(_THREADS, os.cpu_count() or 1))
@@ -102,7 +102,7 @@ def demo_gptq() -> Path:
     def build(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
 
-        source = FIXTURES / "models" / DEMO_MODEL
+        source = demo_model()
         for file in source.iterdir():
             if file.suffix != ".safetensors":
                 shutil.copy(file, folder)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.demo import DEMO_MODEL
 from modules.options import GenerationOptions
 from modules.protocol import AdapterChoice, Chunk, Done, Failed, GenerateOrder, Piece, Shape
 from modules.worker import transformers_loader
@@ -39,7 +38,7 @@ def tiny_llama() -> Path:
                 if parameter.dim() > 1:
                     parameter.mul_(4)
         model.save_pretrained(folder)
-        for file in (checkpoints.FIXTURES / "models" / DEMO_MODEL).glob("*token*"):
+        for file in checkpoints.demo_model().glob("*token*"):
             shutil.copy(file, folder)
 
     return checkpoints.kept("tiny-llama-1", build)
