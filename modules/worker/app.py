@@ -76,6 +76,7 @@ class Worker:
         self._emit = emit
         self._loaded: Loaded | None = None
         self._adapters: Adapters | None = None
+        self._turns: Scheduler | None = None
         self._load_started = False
         self._tokenizing = threading.Lock()  # one text at a time: each takes a hundred times its size of memory
 
@@ -108,7 +109,8 @@ class Worker:
                 self._emit(Progress("applying LoRAs"))
                 self._adapters = _adapters(loaded)
                 applied = self._adapters.apply(order.adapters)
-            self.engine.take_turns(self._scheduler(loaded))
+            self._turns = self._scheduler(loaded)
+            self.engine.take_turns(self._turns)
             self._loaded = loaded
             self._emit(Ready(loaded.report, self.memory(), applied))
         except Exception as error:
@@ -138,6 +140,10 @@ class Worker:
         self.line.add(ticket)
         self.engine.wake()
         return ticket
+
+    def alone(self) -> bool:
+        """Whether one answer at most is under way. Asked on the engine's thread."""
+        return self._turns is None or self._turns.alone
 
     def _using(self, loaded: Loaded, choices: tuple[AdapterChoice, ...] | None) -> AbstractContextManager[None]:
         if self._adapters is None and not choices:

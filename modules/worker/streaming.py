@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope, Send
@@ -13,14 +14,17 @@ from modules.protocol import Chunk, GenerateOrder, Piece, Waiting, encode
 if TYPE_CHECKING:
     from modules.worker.app import Worker
 
-FIRST_WAIT_S = 0.002  # that the engine waits at most for the first text of an answer to be sent
+FIRST_WAIT_S = 0.005  # that the engine waits at most for the first text of an answer to be handed on
+HANDED_ON_S = 0.0015  # from its sending on: as long as the web process takes for it
 FLUSH_SECONDS = 0.05  # text waits at most so long for more: a line for every token would cost a fast model speed
 
 
 class Outbox:
     """Chunks on their way from the engine's thread to the event loop: pieces that meet on the way become one."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: Callable[[], bool]) -> None:
+        """``alone``: whether nobody else is answered, asked on the engine's thread."""
+        self._alone = alone
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
         self._lock = threading.Lock()
@@ -28,19 +32,21 @@ class Outbox:
         self._begun = threading.Event()  # the first text is on its way to the web process
 
     def put(self, chunk: Chunk) -> None:
-        """Called on the engine's thread, which computes the second token when the first one is sent: both processes
-        that carry it want one of the cores that computing takes."""
+        """Called on the engine's thread, which computes the second token when the first one has been handed on: both
+        processes that carry it want one of the cores that computing takes. Where others are answered it waits for
+        nobody."""
         with self._lock:
             self._chunks.append(chunk)
             if len(self._chunks) > 1 and isinstance(chunk, Piece | Waiting):
                 return  # the loop knows already
         self._loop.call_soon_threadsafe(self._filled.set)
-        if isinstance(chunk, Piece):
+        if isinstance(chunk, Piece) and not self._begun.is_set() and self._alone():
             self._begun.wait(FIRST_WAIT_S)
 
     def sent(self) -> None:
         """What was taken has been sent."""
-        self._begun.set()
+        if not self._begun.is_set():
+            self._loop.call_later(HANDED_ON_S, self._begun.set)
 
     async def take(self) -> list[Chunk]:
         """What has come since the last time, at least one chunk."""
@@ -74,7 +80,7 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stopped = threading.Event()
-        outbox = Outbox()
+        outbox = Outbox(self._worker.alone)
         ticket = self._worker.generate(self._order, outbox.put, stopped)
         tasks = {asyncio.create_task(self._stream(outbox, send)), asyncio.create_task(_disconnect(receive))}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,7 @@ from modules.api.openai.orders import chat_orders
 from modules.api.openai.reaching import Target, reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, token_bytes, usage
-from modules.api.openai.streaming import stream
+from modules.api.openai.streaming import Events, stream
 from modules.protocol import Done, Piece
 from modules.service import Service
 
@@ -81,7 +81,7 @@ def _logprobs(pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-async def _events(running: Running, body: ChatBody, name: str) -> AsyncIterator[dict[str, Any]]:
+async def _events(running: Running, body: ChatBody, name: str) -> Events:
     """The events of a stream: each choice's role first, then what comes, its end, and at last the usage."""
     begin = head("chat.completion.chunk", "chatcmpl", name)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -96,19 +96,21 @@ async def _events(running: Running, body: ChatBody, name: str) -> AsyncIterator[
 
     async with contextlib.aclosing(running.chunks()) as chunks:
         async for index, chunk in chunks:
-            if index not in greeted:
-                greeted.add(index)
-                yield event(index, {"role": "assistant", "content": ""})
+            events = [] if index in greeted else [event(index, {"role": "assistant", "content": ""})]
+            greeted.add(index)
             if isinstance(chunk, Piece):
-                yield event(index, _delta(chunk), logprobs=_logprobs([chunk]) if body.logprobs else None)
-                continue
-            ends[index] = chunk
-            if calls := _calls(chunk, body):
-                yield event(index, {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]})
-            yield event(index, {}, finish_reason=finish_reason(chunk))
+                events.append(event(index, _delta(chunk), logprobs=_logprobs([chunk]) if body.logprobs else None))
+            else:
+                ends[index] = chunk
+                if calls := _calls(chunk, body):
+                    events.append(
+                        event(index, {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]})
+                    )
+                events.append(event(index, {}, finish_reason=finish_reason(chunk)))
+            yield events
     if with_usage:
         counted = usage((ends[index] for index in range(running.count)), body.n or 1)
-        yield {**begin, "choices": [], "usage": counted}
+        yield [{**begin, "choices": [], "usage": counted}]
 
 
 def _delta(piece: Piece) -> dict[str, str]:

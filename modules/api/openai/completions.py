@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from modules.api.openai.orders import completion_orders, prompts
 from modules.api.openai.reaching import Target, reached
 from modules.api.openai.running import Collected, Lane, Running, collect
 from modules.api.openai.shapes import finish_reason, head, usage
-from modules.api.openai.streaming import stream
+from modules.api.openai.streaming import Events, stream
 from modules.api.threads import Threads
 from modules.errors import OptionError
 from modules.protocol import Done, GenerateOrder, Piece
@@ -96,9 +96,7 @@ def _logprobs(pieces: Sequence[Piece], offset: int) -> dict[str, Any]:
     }
 
 
-async def _events(
-    running: Running, body: CompletionBody, name: str, fronts: Sequence[str]
-) -> AsyncIterator[dict[str, Any]]:
+async def _events(running: Running, body: CompletionBody, name: str, fronts: Sequence[str]) -> Events:
     begin = head("text_completion", "cmpl", name)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if with_usage:
@@ -112,16 +110,16 @@ async def _events(
 
     async with contextlib.aclosing(running.chunks()) as chunks:
         async for index, chunk in chunks:
-            if fronts[index] and index not in echoed:
-                echoed.add(index)
-                yield event(index, fronts[index])
+            events = [event(index, fronts[index])] if fronts[index] and index not in echoed else []
+            echoed.add(index)
             if isinstance(chunk, Done):
                 ends[index] = chunk
-                yield event(index, "", finish_reason=finish_reason(chunk))
-                continue
-            logprobs = _logprobs([chunk], offsets[index]) if body.logprobs is not None else None
-            offsets[index] += sum(len(one["token"]) for one in chunk.logprobs)
-            yield event(index, chunk.text, logprobs=logprobs)
+                events.append(event(index, "", finish_reason=finish_reason(chunk)))
+            else:
+                logprobs = _logprobs([chunk], offsets[index]) if body.logprobs is not None else None
+                offsets[index] += sum(len(one["token"]) for one in chunk.logprobs)
+                events.append(event(index, chunk.text, logprobs=logprobs))
+            yield events
     if with_usage:
         counted = usage((ends[index] for index in range(len(fronts))), body.n or 1)
-        yield {**begin, "choices": [], "usage": counted}
+        yield [{**begin, "choices": [], "usage": counted}]

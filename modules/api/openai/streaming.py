@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from modules.api.openai.problems import error_body
 from modules.errors import LoadstoneError
 
-Events = AsyncIterator[dict[str, Any]]
+Events = AsyncIterator[list[dict[str, Any]]]  # those that are there at the same time: one write for all of them
 
 
 class EventStream(Response):
@@ -35,17 +35,17 @@ class EventStream(Response):
 
 
 async def stream(events: Events) -> EventStream:
-    """A response of these events. What is refused before the first one is raised, and gets a status of its own."""
+    """A response of these events. What is refused before the first ones is raised, and gets a status of its own."""
     first = await anext(events)
     return EventStream(_lines(first, events))
 
 
-async def _lines(first: dict[str, Any], events: Events) -> AsyncIterator[bytes]:
+async def _lines(first: list[dict[str, Any]], events: Events) -> AsyncIterator[bytes]:
     """``data: {…}`` for each, then ``data: [DONE]``. A failure on the way is the last event, and no DONE follows."""
-    yield _line(first)
+    yield b"".join(map(_line, first))
     try:
-        async for event in events:
-            yield _line(event)
+        async for together in events:
+            yield b"".join(map(_line, together))
     except LoadstoneError as error:
         yield _line(error_body(error)[1])
         return

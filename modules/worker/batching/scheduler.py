@@ -64,6 +64,11 @@ class Scheduler:
         """For how many tokens memory is held by answers that decode together."""
         return self._slabs.slots
 
+    @property
+    def alone(self) -> bool:
+        """Whether one answer at most is under way. Asked on the engine's thread."""
+        return len(self._under_way()) <= 1
+
     def turn(self, before: Callable[[], int]) -> bool:
         """Do a little for those numbered below ``before()``; False where none of them is left."""
         self._dismiss()
