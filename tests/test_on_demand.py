@@ -48,6 +48,13 @@ def pids_of(ships: Ships, futures: list[Future[Use]]) -> set[int]:
     return found
 
 
+def released(futures: list[Future[Use]]) -> None:
+    """Each gives its hold back as soon as it has it; returns when all have had one."""
+    for future in futures:
+        future.add_done_callback(lambda done: done.result().release())
+    assert not wait_for_all(futures, LIMIT_S).not_done
+
+
 def test_all_who_wait_get_the_model_after_one_load() -> None:
     with fleets() as ships:
         demand = OnDemand(ships.fleet, Loads())
@@ -156,9 +163,61 @@ def test_a_persons_load_goes_first_and_serves_those_who_wait_for_it() -> None:
 def test_waiting_has_a_bound_and_ends_with_the_server() -> None:
     with fleets() as ships:
         demand = OnDemand(ships.fleet, Loads(), most_waiting=2)
-        futures = [demand.ask("hang") for _ in range(2)]
+        futures = [demand.ask("hang", user=user) for user in "ab"]
         with pytest.raises(Overloaded):
-            demand.ask("hang")
+            demand.ask("hang", user="c")
         until(lambda: ships.fleet.loading() is not None, "the load")
         threading.Thread(target=ships.fleet.close).start()
         assert all(isinstance(future.exception(LIMIT_S), Cancelled) for future in futures)
+
+
+def test_one_user_leaves_places_to_the_others() -> None:
+    """Half of those that the others leave are one user's at most."""
+    with fleets() as ships:
+        demand = OnDemand(ships.fleet, Loads(), most_waiting=8)
+        for _ in range(4):
+            demand.ask("hang", user="ann")
+        with pytest.raises(Overloaded, match="no more than 4 may be yours"):
+            demand.ask("hang", user="ann")
+        demand.ask("hang", user="bob")
+        with pytest.raises(Overloaded, match="no more than 3 may be yours"):
+            demand.ask("hang", user="ann")
+
+
+def test_users_who_wait_for_models_take_turns() -> None:
+    with fleets() as ships:
+        loads = Loads()
+        demand = OnDemand(ships.fleet, loads)
+        first = got(demand.ask("first"))
+        asked = {name: demand.ask(name, user="ann") for name in ("a1", "a2", "a3")}
+        asked |= {name: demand.ask(name, user="bob") for name in ("b1", "b2")}
+        first.release()
+        released(list(asked.values()))
+        assert list(dict.fromkeys(loads.prepared)) == ["first", "a1", "b1", "a2", "b2", "a3"]
+
+
+def test_who_comes_later_waits_for_one_turn_of_each_and_has_no_more_turns_than_they() -> None:
+    with fleets() as ships:
+        loads = Loads()
+        demand = OnDemand(ships.fleet, loads)
+        asked = [demand.ask(name, user="ann") for name in ("a1", "a2", "a3", "a4")]
+        use = got(asked[0])
+        until(lambda: "a2" in loads.prepared, "the turn of a2")
+        asked += [demand.ask(name, user="bob") for name in ("b1", "b2")]
+        use.release()
+        released(asked[1:])
+        assert list(dict.fromkeys(loads.prepared)) == ["a1", "a2", "b1", "a3", "b2", "a4"]
+
+
+def test_a_persons_load_does_not_wait_for_answers_that_a_request_waits_for() -> None:
+    """ "second" waits for the end of an answer of "first"; a person wants "third" now, and "second" comes later."""
+    with fleets() as ships:
+        demand = OnDemand(ships.fleet, Loads())
+        answering = got(demand.ask("first"))
+        future = demand.ask("second", user="ann")
+        until(lambda: ships.fleet.places()[0].closing, "the wait for the answer's end")
+        ships.fleet.load(order("third"), beside=True).wait_loaded(LIMIT_S)
+        assert ships.names() == ["third"]
+        answering.release()
+        got(future).release()
+        assert ships.names() == ["second"]

@@ -38,11 +38,12 @@ from modules.service import Service, Stop
 from modules.service.training import Data, Phase, TrainState
 from modules.service.training import job as training_job
 from modules.service.training.job import Room
-from modules.service.training.training import refuse
+from modules.service.training.training import bring_back, refuse
 from modules.training import runs
 from modules.training.messages import TrainOrder
 from tests import checkpoints, trainings
 from tests.conftest import wait_until
+from tests.fleets import fleets
 from tests.services import MACHINE, Make, services
 
 QUICK = {"rank": 4, "max_steps": 4, "batch_size": 2, "cutoff": 128, "evaluation_share": 0.2, "learning_rate": 5e-3}
@@ -367,3 +368,29 @@ def test_a_training_that_cannot_go_on_is_not_deleted_for_it(
     loaded.training.resume("taken")
     assert isinstance(over(loaded).error, DiskFull)
     assert [run.name for run in loaded.training.runs()] == ["taken"]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_made_room_comes_back_although_its_place_is_gone(most: int) -> None:
+    """With several models, another one's end drops the place that was emptied."""
+    with fleets(most=most) as ships:
+        for name in ("first", "second")[-most:]:
+            ships.load(name)
+        loaded = ships.fleet.front.snapshot().loaded
+        assert loaded is not None
+        ships.fleet.front.unload()
+        if most > 1:
+            ships.fleet.unload("first")
+        bring_back(ships.fleet, loaded.order)
+        ships.until_names("second")
+
+
+def test_what_took_the_place_meanwhile_stays() -> None:
+    with fleets() as ships:
+        ships.load("first")
+        loaded = ships.fleet.front.snapshot().loaded
+        assert loaded is not None
+        ships.fleet.front.unload()
+        ships.load("other")
+        bring_back(ships.fleet, loaded.order)
+        assert ships.names() == ["other"]

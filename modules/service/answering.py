@@ -67,8 +67,8 @@ class Answering:
 
     # --- which model ---
 
-    def reach(self, model: str, keep_alive_s: float | None = None) -> Reached:
-        """A hold on the model that a request names, ``name`` or ``name+lora:weight``; "" for the front one.
+    def reach(self, model: str, keep_alive_s: float | None = None, user: str = "") -> Reached:
+        """A hold on the model that a request of ``user`` names, ``name`` or ``name+lora:weight``; "" for the front one.
 
         Raises NothingLoaded, ModelNotFound for one that is not loaded and is not to be loaded for a request either,
         UnsupportedParameter for ``keep_alive_s`` without --load-on-demand, and Overloaded.
@@ -90,7 +90,7 @@ class Answering:
                 f"Ask for {loaded[0]!r}, or load the other one.",
             )
         if name and self.on_demand is not None:
-            return Reached(name, entries, self.on_demand.ask(name, keep_alive_s))
+            return Reached(name, entries, self.on_demand.ask(name, keep_alive_s, user))
         use: Future[Use] = Future()
         use.set_result(self.fleet.need(name if loaded else "", keep_alive_s))
         return Reached(name, entries, use)

@@ -71,7 +71,7 @@ class Service(Answering):
         self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.fleet.held)
         self.learned = Learned(cache_dir)
         self.training = Training(
-            library, lambda: self.fleet.front, measure, lambda: [lora.name for lora in self.loras.all()],
+            library, self.fleet, measure, lambda: [lora.name for lora in self.loras.all()],
             loras_dir=new_loras, cache_dir=cache_dir,
         )  # fmt: skip
         self.perplexity = Perplexities(self.fleet.need, cache_dir)

@@ -69,6 +69,7 @@ class Fleet:
         self.changed = threading.Condition()
         self.most = most if another else 1
         self.closed = False
+        self.wanted_by_hand = 0  # persons whose load waits for what is just ending
         self._another = another
         self._idle_s = idle_s
         self._slots = [Slot(first)]
@@ -179,7 +180,12 @@ class Fleet:
             self.open_again((slot, *others))
 
     def _refuse_busy(self, name: str) -> None:
-        self.changed.wait_for(lambda: self.closed or not any(slot.closing for slot in self._slots), _ENDING_S)
+        self.wanted_by_hand += 1
+        self.changed.notify_all()
+        try:
+            self.changed.wait_for(lambda: self.closed or not any(slot.closing for slot in self._slots), _ENDING_S)
+        finally:
+            self.wanted_by_hand -= 1
         if self.closed:
             raise Cancelled("Loadstone is shutting down.")
         for slot in self._slots:

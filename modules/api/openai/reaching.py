@@ -18,6 +18,7 @@ from modules.errors import AccessRefused, Cancelled, LoadPending, OptionError
 from modules.protocol import AdapterChoice
 from modules.service import Service
 from modules.service.answering import KEEP_ALIVE, Reached
+from modules.service.asking import user_of
 from modules.supervisor import NEVER, Loaded, Use
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ async def reached(
             "keep_alive: how long a model stays is the administrator's to say.",
             "Leave it out, or send the key of --admin-key.",
         )
-    wanted, found = await run_in_threadpool(_at_once, service, model or "", seconds(keep_alive), begin)
+    user = user_of(request.scope)
+    wanted, found = await run_in_threadpool(_at_once, service, model or "", seconds(keep_alive), user, begin)
     if found is None:
         use = await _awaited(wanted.use, wanted.name, service, request)
         found = await run_in_threadpool(_begun, service, wanted, use, begin)
@@ -69,10 +71,10 @@ def _may_keep(request: Request) -> bool:
 
 
 def _at_once(
-    service: Service, model: str, keep_alive_s: float | None, begin: Callable[[Target], T]
+    service: Service, model: str, keep_alive_s: float | None, user: str, begin: Callable[[Target], T]
 ) -> tuple[Reached, tuple[Target, T] | None]:
     """What the request names, and the rest unless it has to be loaded first."""
-    wanted = service.reach(model, keep_alive_s)
+    wanted = service.reach(model, keep_alive_s, user)
     return wanted, _begun(service, wanted, wanted.use.result(), begin) if wanted.use.done() else None
 
 

@@ -16,7 +16,7 @@ from modules.api.openai.reaching import disconnected
 from modules.errors import Cancelled, InternalError, LoadstoneError, OptionError, Overloaded
 from modules.protocol import Chunk, Done, GenerateOrder, Piece
 from modules.service import Service, Stop
-from modules.service.asking import user_of
+from modules.service.asking import share, user_of
 from modules.service.traffic import seen_of
 from modules.supervisor import Use
 
@@ -40,16 +40,16 @@ class Lane:
 
     def enter(self, user: str, count: int) -> None:
         """Take ``count`` places. Raises Overloaded where not so many are free, OptionError where there never are."""
-        if count > (most := max(1, self._most // 2)):
+        if count > (most := share(self._most, 0)):
             raise OptionError(f"n: {count} answers are asked for, and no more than {most} are given at a time.")
         with self._lock:
             all_inside, inside = self._inside.total(), self._inside[user]
             if all_inside + count > self._most:
                 raise Overloaded(f"{all_inside} answers are waited for, and no more than {self._most} may be.")
-            share = max(1, (self._most - (all_inside - inside)) // 2)
-            if inside + count > share:
+            most = share(self._most, all_inside - inside)
+            if inside + count > most:
                 raise Overloaded(
-                    f"You wait for {inside} answers, and no more than {share} may be yours: the other places are kept "
+                    f"You wait for {inside} answers, and no more than {most} may be yours: the other places are kept "
                     "for other users.",
                     "Wait for some of them to come.",
                 )

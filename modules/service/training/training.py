@@ -30,7 +30,7 @@ from modules.service.names import folder_name
 from modules.service.training.estimating import Pace, estimate
 from modules.service.training.job import Room, TrainJob
 from modules.service.training.state import Data, Estimate, Run, TrainState
-from modules.supervisor import Loaded, Supervisor
+from modules.supervisor import Fleet, Loaded
 from modules.training import data as reading
 from modules.training import runs
 from modules.training.messages import PREVIEW, DataFile, Preview, PreviewOrder, TrainOrder
@@ -43,16 +43,16 @@ _WAYS_OUT = "It comes back when the training is over."
 class Training:
     """See the module. May be used from any thread.
 
-    ``front``: the supervisor whose model is trained on. ``names``: those that LoRAs have. ``loras_dir``: where
+    ``fleet``: the model in its front is trained on. ``names``: those that LoRAs have. ``loras_dir``: where
     finished LoRAs go. ``cache_dir``: where unfinished runs are kept, in ``training/``.
     """
 
     def __init__(
-        self, library: Library, front: Callable[[], Supervisor], measure: Callable[[], Machine],
+        self, library: Library, fleet: Fleet, measure: Callable[[], Machine],
         names: Callable[[], Iterable[str]], *, loras_dir: Path, cache_dir: Path,
     ) -> None:  # fmt: skip
         self._library = library
-        self._front = front
+        self._fleet = fleet
         self._measure = measure
         self._names = names
         self._loras_dir = loras_dir
@@ -77,7 +77,7 @@ class Training:
             return self._look(file, options, examples)
 
     def _look(self, file: DataFile, options: TrainingOptions, examples: int) -> Preview:
-        preview = decode(self._front().ask(PREVIEW, PreviewOrder(file, options, examples))["preview"])
+        preview = decode(self._fleet.front.ask(PREVIEW, PreviewOrder(file, options, examples))["preview"])
         if not isinstance(preview, Preview):
             raise AssertionError(f"the worker answered with {type(preview).__name__}")
         return preview
@@ -93,7 +93,7 @@ class Training:
         self, order: LoadOrder, options: TrainingOptions, longest_tokens: int, preview: Preview | None = None
     ) -> Estimate:
         facts = self._facts(order)
-        loaded = self._front().snapshot().loaded
+        loaded = self._fleet.front.snapshot().loaded
         return estimate(
             facts, order.options, options, longest_tokens, preview, self._measure(), loaded, self._pace,
             order.device_map,
@@ -114,7 +114,7 @@ class Training:
         return None
 
     def _loaded(self) -> Loaded:
-        loaded = self._front().snapshot().loaded
+        loaded = self._fleet.front.snapshot().loaded
         if loaded is None:
             raise NothingLoaded("No model is loaded that a LoRA could be trained on.")
         return loaded
@@ -145,7 +145,7 @@ class Training:
         """
         options = self.options(values)
         source = load or self._loaded().order
-        self._check(source, options, self._front().snapshot().loaded if load is None else None)
+        self._check(source, options, self._fleet.front.snapshot().loaded if load is None else None)
         folder, out = self._new_folders(name)
         with reading.on_disk(data.path, data.text, data.hub, data.data_format, self._runs_dir) as file:
             found = reading.read(file)
@@ -216,7 +216,7 @@ class Training:
             )
         if not made.ends_first:
             return Room(), made.notes
-        snapshot = self._front().snapshot()
+        snapshot = self._fleet.front.snapshot()
         if snapshot.generating:
             raise Busy(
                 f"{made.ends_first} has to make room, and it is answering.",
@@ -229,9 +229,9 @@ class Training:
                 f"Let {made.ends_first} be unloaded for the time. {_WAYS_OUT}",
             )
         assert snapshot.loaded is not None
-        back, supervisor = snapshot.loaded.order, self._front()
+        back = snapshot.loaded.order
         notes = (*made.notes, f"{made.ends_first} is unloaded for the time. {_WAYS_OUT}")
-        return Room(made.ends_first, supervisor.unload, lambda: _bring_back(supervisor, back)), notes
+        return Room(made.ends_first, self._fleet.front.unload, lambda: bring_back(self._fleet, back)), notes
 
     def pause(self) -> None:
         """Let the training write a checkpoint and end its process; :meth:`resume` goes on. Returns at once."""
@@ -310,9 +310,10 @@ def _refuse_held(order: TrainOrder | None) -> None:
         raise Busy(f"Another process is training {order.name}.", "Wait until it has ended.")
 
 
-def _bring_back(supervisor: Supervisor, order: LoadOrder) -> None:
-    if supervisor.snapshot().loaded is None:
-        supervisor.load(order)
+def bring_back(fleet: Fleet, order: LoadOrder) -> None:
+    """Load again what made room, unless something else has taken its place. Raises LoadstoneError."""
+    if not fleet.full(order.name) and order.name not in (loaded.order.name for loaded in fleet.loaded()):
+        fleet.load(order, beside=True)
 
 
 def _plain(order: LoadOrder) -> LoadOrder:
