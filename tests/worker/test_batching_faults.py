@@ -92,6 +92,21 @@ def test_where_memory_is_short_answers_step_back_and_lose_nothing(
     assert desk.steps < 2 * 66 + 20  # all together again: the two sets take turns
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("together", {1}), ("together", {3}), ("together", {2, 3}), ("read", {2}), ("read", {3})],
+    ids=str,
+)
+def test_where_a_step_has_too_little_memory_one_answer_waits_and_none_fails(
+    desk: Desk, name: str, calls: set[int], expected: list[str]
+) -> None:
+    orders = of_two_sets(66)
+    with failing(Steps, name, calls, FULL):
+        told = desk.together(orders)
+    assert texts(told) == expected
+    assert desk.scheduler.slots == 0
+
+
 def test_who_is_left_alone_is_read_again_where_there_is_no_memory_to_move(desk: Desk) -> None:
     orders = [order(0, 60), order(1, 20)]
     expected = texts(desk.alone(orders))

@@ -236,12 +236,13 @@ class Scheduler:
             if not row.reading and sum(not other.reading for other in self._rows) > 1:
                 self._move(row, self._slabs.add)
 
-    def _step_back(self) -> None:
-        """The youngest leaves its place to the others, and is read again where there is room."""
-        youngest = self._rows.pop()
-        self._slabs.remove(youngest)
-        youngest.forget()
-        self._paused.insert(0, youngest)
+    def _step_back(self, row: Row | None = None) -> None:
+        """The row, or the youngest, leaves its place to the others, and is read again where there is room."""
+        row = row or self._rows[-1]
+        self._rows.remove(row)
+        self._slabs.remove(row)
+        row.forget()
+        self._paused.insert(0, row)
 
     def _move(self, row: Row, how: Callable[[Row], None]) -> None:
         """Move a row. Where there is less memory than was thought, it is read again and the youngest steps back, until
@@ -253,13 +254,17 @@ class Scheduler:
             if isinstance(typed(error, self._loaded.order), OutOfMemory):
                 self._slabs.remove(row)  # the move may have ended halfway
                 row.forget()
-                if len(self._rows) > 1:
-                    self._slabs.tokens = min(self._slabs.tokens, self._demand() - 1)
-                    self._step_back()
-                log.warning("%s: memory is short, %d answers wait", self._loaded.order.name, len(self._paused))
+                self._leave_room()
             else:
                 self._fail([row], error)
         release()  # only here is the traceback gone, which held tensors
+
+    def _leave_room(self, row: Row | None = None) -> None:
+        """Where others are under way, the row, or the youngest, steps back until somebody's answer ends."""
+        if len(self._rows) > 1:
+            self._slabs.tokens = min(self._slabs.tokens, self._demand() - 1)
+            self._step_back(row)
+        log.warning("%s: memory is short, %d answers wait", self._loaded.order.name, len(self._paused))
 
     def _outgrown(self, adapters: Set) -> list[Row]:
         """Those of this set whose slab has no room for the token that comes."""
@@ -300,11 +305,17 @@ class Scheduler:
         return True
 
     def _tried_with(self, rows: list[Row], call: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-        """What a call of the model gives for these rows; None too where it fails, which they are told."""
+        """What a call of the model gives for these rows; None too where it fails, which they are told.
+
+        Where memory is too short for it beside others, the youngest of them steps back instead.
+        """
         try:
             return call()
         except Exception as error:
-            self._fail(rows, error)
+            if len(self._rows) > 1 and isinstance(typed(error, self._loaded.order), OutOfMemory):
+                self._leave_room(max(rows, key=self._rows.index))
+            else:
+                self._fail(rows, error)
         release()  # only here is the traceback gone, which held the step's tensors
         return None
 
