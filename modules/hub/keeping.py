@@ -10,8 +10,10 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from modules.errors import UserError
 from modules.hub import placing
@@ -31,23 +33,43 @@ class Verified:
     broken: Mapping[str, str]
 
 
-def verify(folder: Path, files: Iterable[RemoteFile], told: Callable[[str], None] = lambda _: None) -> Verified:
+@dataclass(frozen=True)
+class Reading:
+    """How far it is that files are read: which one, and the bytes of all of them."""
+
+    name: str
+    done_bytes: int
+    total_bytes: int
+
+
+Told: TypeAlias = Callable[[Reading], None]  # what it raises ends the reading
+
+
+def silent(_: Reading) -> None:
+    """Nobody wants to know."""
+
+
+def _tell(told: Told, before: Reading, read_bytes: int) -> None:
+    told(replace(before, done_bytes=before.done_bytes + read_bytes))
+
+
+def verify(folder: Path, files: Iterable[RemoteFile], told: Told = silent) -> Verified:
     """Compare each file in ``folder`` with what the Hub says of it, by size and hash."""
-    broken, checked, size = {}, 0, 0
+    files = list(files)
+    broken, size, total = {}, 0, sum(file.size for file in files)
     for file in files:
-        told(file.name)
-        checked, size = checked + 1, size + file.size
-        if wrong := _wrong(folder / file.name, file):
+        if wrong := _wrong(folder / file.name, file, partial(_tell, told, Reading(file.name, size, total))):
             broken[file.name] = wrong
-    return Verified(checked, size, broken)
+        size += file.size
+    return Verified(len(files), size, broken)
 
 
-def _wrong(path: Path, file: RemoteFile) -> str:
+def _wrong(path: Path, file: RemoteFile, told: Callable[[int], None]) -> str:
     try:
         size = path.stat().st_size
         if size != file.size:
             return f"{size:,} bytes, not {file.size:,}"
-        return "" if placing.is_whole(path, file) else "another content"
+        return "" if placing.is_whole(path, file, told) else "another content"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -141,7 +163,7 @@ class Duplicate:
     size_bytes: int
 
 
-def duplicates(models: Mapping[str, Path], told: Callable[[str], None] = lambda _: None) -> list[Duplicate]:
+def duplicates(models: Mapping[str, Path], told: Told = silent) -> list[Duplicate]:
     """Weight files of equal content that take their space more than once, by model name.
 
     Only files of equal size are hashed, and none whose hash is recorded; links to one file take no space twice.
@@ -151,27 +173,33 @@ def duplicates(models: Mapping[str, Path], told: Callable[[str], None] = lambda 
         for file in _weight_files(path):
             with contextlib.suppress(OSError):
                 by_size.setdefault(file.stat().st_size, []).append((_label(name, path, file), file))
-    found = []
-    for size, files in by_size.items():
-        if size and len({(f.stat().st_dev, f.stat().st_ino) for _, f in files}) > 1:
-            found += _equal(size, files, told)
+    alike = {
+        size: files
+        for size, files in by_size.items()
+        if size and len({(f.stat().st_dev, f.stat().st_ino) for _, f in files}) > 1
+    }
+    found, done, total = [], 0, sum(size * len(files) for size, files in alike.items())
+    for size, files in alike.items():
+        found += _equal(size, files, told, done, total)
+        done += size * len(files)
     return sorted(found, key=lambda duplicate: -duplicate.size_bytes)
 
 
-def _equal(size: int, files: list[tuple[str, Path]], told: Callable[[str], None]) -> list[Duplicate]:
+def _equal(size: int, files: list[tuple[str, Path]], told: Told, done: int, total: int) -> list[Duplicate]:
+    """Those among files of one size. ``done`` of ``total`` bytes have been read."""
     by_hash: dict[str, list[str]] = {}
-    for name, file in files:
-        told(name)
-        by_hash.setdefault(_sha256(file), []).append(name)
+    for index, (name, file) in enumerate(files):
+        tell = partial(_tell, told, Reading(name, done + index * size, total))
+        by_hash.setdefault(_sha256(file, tell), []).append(name)
     return [Duplicate(tuple(sorted(names)), size) for names in by_hash.values() if len(names) > 1]
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, told: Callable[[int], None]) -> str:
     record = placing.read_record(file.parent)
     known = record.files.get(file.name) if record else None
     if known and known.sha256 and known.size == file.stat().st_size:
         return known.sha256
-    return placing.hash_of(file, RemoteFile(file.name, 0, sha256="-"))
+    return placing.hash_of(file, RemoteFile(file.name, 0, sha256="-"), told)
 
 
 def _weight_files(path: Path) -> list[Path]:

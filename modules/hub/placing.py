@@ -99,12 +99,16 @@ def write_json(path: Path, data: Any) -> None:
         raise
 
 
-def hash_of(path: Path, file: RemoteFile) -> str:
-    """The hash of the bytes on disk, of the kind that the Hub gives for ``file``: SHA-256, or git's SHA-1."""
+def hash_of(path: Path, file: RemoteFile, told: Callable[[int], None] = lambda _: None) -> str:
+    """The hash of the bytes on disk, of the kind that the Hub gives for ``file``: SHA-256, or git's SHA-1.
+
+    ``told`` gets the bytes read so far, after each few megabytes; what it raises ends the reading.
+    """
     digest = new_hash(file)
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
+            told(stream.tell())
     return str(digest.hexdigest())
 
 
@@ -115,10 +119,13 @@ def new_hash(file: RemoteFile) -> Any:
     return hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
 
 
-def is_whole(path: Path, file: RemoteFile) -> bool:
-    """Whether the file on disk is the Hub's, by size and hash. A hash that the Hub does not give is not compared."""
+def is_whole(path: Path, file: RemoteFile, told: Callable[[int], None] = lambda _: None) -> bool:
+    """Whether the file on disk is the Hub's, by size and hash. A hash that the Hub does not give is not compared.
+
+    ``told``: see :func:`hash_of`.
+    """
     try:
-        return path.stat().st_size == file.size and (not file.hash or hash_of(path, file) == file.hash)
+        return path.stat().st_size == file.size and (not file.hash or hash_of(path, file, told) == file.hash)
     except OSError:
         return False
 

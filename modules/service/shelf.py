@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modules.errors import ModelInUse, UserError
 from modules.hub import Job, keeping, placing
-from modules.hub.keeping import Duplicate, Marks, Verified
+from modules.hub.keeping import Duplicate, Marks, Told, Verified
 from modules.library import Library, Model
 from modules.library.scan import HUB_CACHE
 from modules.protocol import LoadOrder
@@ -68,8 +68,11 @@ class Shelf:
         self._library.find(name)
         self.marks.set_favourite(name, on)
 
-    def verify(self, name: str, told: Callable[[str], None] = lambda _: None) -> Verified:
-        """Compare every file with what the Hub said of it. Raises ModelNotFound, UserError where that is not known."""
+    def verify(self, name: str, told: Told = keeping.silent) -> Verified:
+        """Compare every file with what the Hub said of it. Raises ModelNotFound, UserError where that is not known.
+
+        ``told`` gets how far it is; what it raises ends it.
+        """
         folder = _folder(self._library.find(name))
         return keeping.verify(folder, recorded(folder).files.values(), told)
 
@@ -117,9 +120,13 @@ class Shelf:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise UserError(f"{model.name} holds other models: {others[0]}{more}.", "Delete these first.")
 
-    def duplicates(self, told: Callable[[str], None] = lambda _: None) -> list[Duplicate]:
-        """Weight files that take their space more than once. Reads files of equal size whose hash is not recorded."""
-        return keeping.duplicates({model.name: model.path for model in self._library.models()}, told)
+    def duplicates(self, told: Told = keeping.silent) -> list[Duplicate]:
+        """Weight files that take their space more than once. Reads files of equal size whose hash is not recorded.
+
+        ``told``: see :meth:`verify`.
+        """
+        models = {model.name: model.path for model in self._library.models()}
+        return keeping.duplicates(models, told)
 
 
 def _folder(model: Model) -> Path:

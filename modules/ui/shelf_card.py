@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -17,6 +17,7 @@ from modules.service import Service
 from modules.service.shelf import Kept
 from modules.ui import asking
 from modules.ui.common import DIRECT, QUIET, guarded, small, table
+from modules.ui.reading import Readings
 from modules.units import format_bytes
 
 _CHOOSE = "Choose a model first."
@@ -35,6 +36,7 @@ class ShelfCard:
     delete: gr.Button
     sure: asking.Asking
     same: gr.Button
+    cancel: gr.Button
     line: gr.HTML
 
 
@@ -46,18 +48,36 @@ def build(service: Service, tab: gr.Tab) -> None:
     tab.select(shown, card.model, lists, **QUIET)
     model: dict[str, Any] = {"inputs": card.model, "show_progress": "minimal", "api_visibility": "private"}
     for button, say in (
-        (card.verify, _verified), (card.repair, _repaired), (card.newer, _newer), (card.update, _updated),
+        (card.repair, _repaired), (card.newer, _newer), (card.update, _updated),
     ):  # fmt: skip
         button.click(_on_a_model(partial(say, service)), outputs=line, **model)
     card.model.input(partial(_noticed, service), card.model, line, **QUIET)
     card.model.input(partial(_star, service), card.model, card.favourite, **DIRECT)
     favoured = [*lists, line]
     card.favourite.click(guarded(len(favoured), partial(_favoured, service)), card.model, favoured, **QUIET)
-    card.same.click(guarded(1, partial(_same, service)), None, line, show_progress="minimal", api_visibility="private")
+    _wire_readings(service, card)
     asking.wire(
         card.sure, card.delete, partial(_ask, service), card.model, partial(_deleted, service), [], [*lists, line],
         acts=QUIET,
     )  # fmt: skip
+
+
+def _wire_readings(service: Service, card: ShelfCard) -> None:
+    readings = Readings()
+    followed = [card.line, card.cancel]
+
+    def verify(name: str | None, tab: gr.Request) -> Iterator[list[Any]]:
+        if not name:
+            yield [small(_CHOOSE), gr.skip()]
+            return
+        yield from readings.follow(tab, lambda told: verified_html(name, service.shelf.verify(name, told)))
+
+    def same(tab: gr.Request) -> Iterator[list[Any]]:
+        yield from readings.follow(tab, lambda told: duplicates_html(service.shelf.duplicates(told)))
+
+    card.verify.click(verify, card.model, followed, **QUIET)
+    card.same.click(same, None, followed, **QUIET)
+    card.cancel.click(readings.end, None, None, **DIRECT)
 
 
 def _lay_out() -> ShelfCard:
@@ -73,9 +93,10 @@ def _lay_out() -> ShelfCard:
         repair, newer = button("Repair", "repair"), button("Look for an update", "newer")
         update, delete = button("Update", "update"), button("Delete …", "delete")
         same = button("Find duplicates", "same")
+        cancel = button("Cancel", "cancel", variant="stop", visible="hidden")
     sure = asking.build("shelf", "delete it", "keep it")
     line = gr.HTML(elem_id="shelf-line", padding=False)
-    return ShelfCard(content, model, favourite, verify, repair, newer, update, delete, sure, same, line)
+    return ShelfCard(content, model, favourite, verify, repair, newer, update, delete, sure, same, cancel, line)
 
 
 def _on_a_model(say: Callable[[str], str]) -> Callable[..., Any]:
@@ -111,10 +132,6 @@ def shelf_html(kept: list[Kept]) -> str:
 def _described(one: Kept) -> str:
     used = f"used {time.strftime('%Y-%m-%d', time.localtime(one.used))}" if one.used else "never used here"
     return " · ".join(part for part in (format_bytes(one.size_bytes), used, one.source, str(one.path)) if part)
-
-
-def _verified(service: Service, name: str) -> str:
-    return verified_html(name, service.shelf.verify(name))
 
 
 def verified_html(name: str, found: Verified) -> str:
@@ -171,10 +188,6 @@ def _ask(service: Service, name: str | None) -> asking.Question | str:
 def _deleted(service: Service, name: str) -> list[Any]:
     size = service.shelf.delete(name)
     return [*_shown(service, None), small(f"{name} is deleted: {format_bytes(size)} freed.")]
-
-
-def _same(service: Service) -> str:
-    return duplicates_html(service.shelf.duplicates())
 
 
 def duplicates_html(found: list[Duplicate]) -> str:

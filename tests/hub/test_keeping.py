@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from modules.errors import Cancelled
 from modules.hub import keeping
 from modules.hub.keeping import Marks
 from modules.hub.placing import read_record
@@ -43,6 +44,23 @@ def test_every_kind_of_damage_is_found_and_named(model: Path) -> None:
         "tokenizer.json": "5 bytes, not 5,002",
         "model.safetensors": "another content",
     }
+
+
+def test_how_far_a_verification_is_is_told(model: Path) -> None:
+    record = read_record(model)
+    assert record is not None
+    told: list[keeping.Reading] = []
+    found = keeping.verify(model, record.files.values(), told.append)
+    assert [one.done_bytes for one in told] == sorted(one.done_bytes for one in told)
+    assert {one.total_bytes for one in told} == {found.checked_bytes}
+    assert told[-1].done_bytes == found.checked_bytes
+    assert {one.name for one in told} == set(record.files)
+
+    def end(_: keeping.Reading) -> None:
+        raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        keeping.verify(model, record.files.values(), end)
 
 
 def test_a_deleted_model_is_offered_no_more_and_leaves_nothing(model: Path) -> None:
@@ -146,7 +164,10 @@ def test_duplicates_are_named_and_links_are_none(model: Path, tmp_path: Path) ->
     os.link(model / "model.safetensors", linked / "model.safetensors")
     (other / "model.safetensors").write_bytes(weights(seed=7))
     models = {path.name: path for path in (model, copy, other)}
-    [same] = keeping.duplicates(models)
+    told: list[keeping.Reading] = []
+    [same] = keeping.duplicates(models, told.append)
+    assert {one.total_bytes for one in told} == {3 * len(weights())}
+    assert told[-1].name.startswith("other/")
     assert same.names == ("copy/model.safetensors", "user_model/model.safetensors")
     assert same.size_bytes == len(weights())
     assert keeping.duplicates({"user_model": model, "linked": linked}) == []
