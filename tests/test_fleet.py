@@ -177,3 +177,37 @@ def test_how_long_a_model_stays_is_what_the_last_use_said() -> None:
             ships.fleet.need("first", keep_alive_s).release()
             (place,) = ships.fleet.places()
             assert (None if place.ends_in_s is None else round(place.ends_in_s, -1)) == ends_in_s
+
+
+def test_what_ended_because_nobody_used_it_is_told_until_the_next_load() -> None:
+    with fleets(idle_s=0.2) as ships:
+        ships.load("first")
+        ships.fleet.unload()
+        assert ships.fleet.front.snapshot().idled == ""
+        ships.load("second")
+        ships.fleet.start()
+        until(lambda: ships.fleet.front.snapshot().state is State.EMPTY, "the end of what idles")
+        snapshot = ships.fleet.front.snapshot()
+        assert (snapshot.idled, snapshot.last and snapshot.last.name) == ("second", "second")
+        ships.fleet.front.reload()
+        assert ships.fleet.front.snapshot().idled == ""
+
+
+def test_what_makes_room_has_not_idled(two: Ships) -> None:
+    two.load("first")
+    first = two.fleet.front
+    two.load("second")
+    two.load("third", beside=False, ends=("first", "second"))
+    assert first.snapshot().idled == ""
+
+
+def test_the_last_model_that_idles_stays_the_one_that_is_told_of_in_whatever_place_it_was() -> None:
+    with fleets(most=2, idle_s=1.0) as ships:
+        ships.load("first")
+        ships.load("second")
+        ships.fleet.unload("first")
+        ships.fleet.start()
+        until(lambda: not ships.names(), "the end of what idles")
+        until(lambda: ships.fleet.front.snapshot().idled == "second", "told of the model that idled")
+        ships.load("third")
+        assert ships.names() == ["third"]

@@ -212,6 +212,20 @@ def test_reload_loads_the_same_again_in_a_new_process(cold: Supervised) -> None:
     assert name_of(cold.settled()) == "first"
 
 
+def test_reload_means_what_was_there_and_not_what_failed_before(cold: Supervised) -> None:
+    assert cold.supervisor.snapshot().last is None
+    cold.load("first")
+    assert cold.load("fail second").state is State.FAILED
+    cold.supervisor.unload()
+    last = cold.supervisor.snapshot().last
+    assert last is not None
+    assert last.name == "first"
+    cold.load("fail third")
+    cold.supervisor.reload()
+    failed = cold.settled()
+    assert (failed.state, failed.order and failed.order.name) == (State.FAILED, "fail third")
+
+
 # --- cancel, unload, close ---
 
 

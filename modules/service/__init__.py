@@ -7,6 +7,7 @@ from modules.service.service import Service, Source
 from modules.service.stopping import Stop
 from modules.service.traffic import Traffic
 from modules.service.view import View
+from modules.service.waking import awake, comes, nothing_loaded
 
 __all__ = [
     "Fit",
@@ -18,6 +19,9 @@ __all__ = [
     "Stop",
     "Traffic",
     "View",
+    "awake",
+    "comes",
     "entries_of",
     "merged_name",
+    "nothing_loaded",
 ]

@@ -26,7 +26,7 @@ from modules.service.badges import Badges
 from modules.service.downloads import Downloads
 from modules.service.fit import Fit, fit_of, refusal, without
 from modules.service.learned import Learned
-from modules.service.loras import LoraPlan, Loras
+from modules.service.loras import LoraPlan, Loras, entries_of
 from modules.service.on_demand import OnDemand, Prepared
 from modules.service.perplexity import Perplexities
 from modules.service.shelf import Shelf
@@ -302,8 +302,15 @@ class Service(Answering):
         self.fleet.unload(name)
 
     def reload(self) -> None:
-        self.supervisor.reload()
-        self._forget_start_error()
+        """Load what is loaded, or was last, with the same options and LoRAs, planned for what is free now. What was
+        loaded anyway has no plan. Raises NothingLoaded where nothing ever was, and as :meth:`load` does.
+        """
+        order = self.snapshot().last
+        if order is None or not order.expected:
+            self.supervisor.reload()
+            self._forget_start_error()
+        else:
+            self.load(order.name, {**vars(order.options), "lora": entries_of(order.adapters)})
 
     def cancel(self) -> None:
         self.supervisor.cancel()

@@ -15,13 +15,17 @@ class Stop:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._set = False
+        self._set = threading.Event()
         self._answers: set[Answer] = set()
+
+    def wait(self, timeout_s: float = 0.0) -> bool:
+        """Whether it is set, by the end of that time."""
+        return self._set.wait(timeout_s)
 
     def set(self) -> None:
         """Returns at once; may be called again."""
         with self._lock:
-            self._set = True
+            self._set.set()
             answers = list(self._answers)
         for answer in answers:
             answer.stop()
@@ -31,7 +35,7 @@ class Stop:
         """While the block reads ``answer``, it can be stopped; afterwards it is closed."""
         with self._lock:
             self._answers.add(answer)
-            stopped = self._set
+            stopped = self._set.is_set()
         try:
             if stopped:
                 answer.stop()

@@ -315,7 +315,7 @@ class Fleet:
             name = slot.name
         try:
             log.info("%s is unloaded: nobody uses it", name)
-            slot.unload()
+            slot.unload(idle=True)
         finally:
             self.open_again((slot,))
 
@@ -334,11 +334,12 @@ class Fleet:
         return sorted(self._slots, key=lambda slot: NEVER if slot.used_now else slot.used)
 
     def _tidy(self) -> None:
-        """Drop places that are empty, and show another model where the one in front has ended by request."""
+        """Drop places that are empty, and show another model, if there is one, where the one in front has ended by
+        request or for want of use."""
         with self.changed:
             if not self._front.name and self.front.snapshot().state is State.EMPTY:
                 answering = [slot for slot in self._by_use() if slot.name]
-                self._front = answering[-1] if answering else self._slots[0]
+                self._front = answering[-1] if answering else self._front
             dropped = [slot for slot in self._slots[1:] if slot is not self._front and self._idle_place(slot)]
             self._slots = [slot for slot in self._slots if slot not in dropped]
         for slot in dropped:

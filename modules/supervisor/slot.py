@@ -53,9 +53,9 @@ class Slot:
             self.used = max(self.used, time.monotonic() - max(0.0, time.time() - loaded.since))
         return loaded
 
-    def unload(self) -> None:
-        """End it, its load and its pin; called without the lock. Raises WorkerTimeout."""
-        self.supervisor.unload()
+    def unload(self, *, idle: bool = False) -> None:
+        """End it, its load and its pin; called without the lock. ``idle``: nobody used it. Raises WorkerTimeout."""
+        self.supervisor.unload(idle=idle)
         self._known = None
 
     @property

@@ -69,6 +69,8 @@ class Snapshot:
     generating: int  # answers running or waiting
     tokens_per_second: float  # of the answers that run, together, or of the last one
     context_used: int  # in tokens, by the last answer's prompt and text
+    last: LoadOrder | None  # what is loaded, or was last: what Reload loads
+    idled: str  # the model that ended because nobody used it, until another load or unload; "": none did
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Record:
     notes: tuple[str, ...] = ()
     tokens_per_second: float = 0.0
     context_used: int = 0
+    idled: str = ""
     _clock: float = 0.0  # when the load started; monotonic, since a wall clock may jump
     _elapsed_s: float = 0.0
     _stage: tuple[float, int] = field(default=(0.0, 0))  # when the stage began, and how much was done then
@@ -99,7 +102,7 @@ class Record:
 
     def begin(self, order: LoadOrder) -> None:
         """A load that somebody asked for: what the last one left behind is gone."""
-        self.error, self.notes = None, ()
+        self.error, self.notes, self.idled = None, (), ""
         self.started, self._clock = time.time(), time.monotonic()
         self.restart(order)
 

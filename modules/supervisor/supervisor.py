@@ -85,7 +85,7 @@ class Supervisor:
                 progress=record.progress, started=record.started, elapsed_s=record.elapsed_s, eta_s=record.eta_s,
                 error=record.error, notes=record.notes, generating=len(running), tokens_per_second=rate,
                 context_used=record.context_used, warm=owner.warm is not None and owner.warm.warm,
-                log=owner.spoken_of.log.lines() if owner.spoken_of else (),
+                log=owner.spoken_of.log.lines() if owner.spoken_of else (), last=self._last(), idled=record.idled,
             )  # fmt: skip
 
     def wait(self, version: int, timeout_s: float) -> Snapshot:
@@ -114,11 +114,15 @@ class Supervisor:
     def reload(self) -> None:
         """Load what is loaded, or was last, again. Raises NothingLoaded where nothing ever was, and Busy."""
         with self._changed:
-            loaded = self._owner.record.loaded
-            order = loaded.order if loaded else self._last_order
+            order = self._last()
             if order is None:
                 raise NothingLoaded("There is nothing to load again.")
             self._begin(order, beside=False)
+
+    def _last(self) -> LoadOrder | None:
+        """With the lock held: what answers; else what was asked for or crashed last; else what was unloaded last."""
+        record = self._owner.record
+        return record.loaded.order if record.loaded else record.order or self._last_order
 
     def _begin(self, order: LoadOrder, beside: bool) -> None:
         owner, old = self._owner, self._owner.record.loaded
@@ -153,12 +157,12 @@ class Supervisor:
             self._owner.end(child)
         settled.wait()
 
-    def unload(self) -> None:
+    def unload(self, *, idle: bool = False) -> None:
         """End what is loaded and what is being loaded; returns when their processes are gone.
 
-        Raises WorkerTimeout where one cannot be ended.
+        ``idle``: because nobody used it; the snapshot tells so. Raises WorkerTimeout where one cannot be ended.
         """
-        job, child = self._begin_unload()
+        job, child = self._begin_unload(idle)
         try:
             if child is not None:
                 child.end()
@@ -167,13 +171,15 @@ class Supervisor:
                 self._owner.record.clear()
                 self._owner.end_job(job)
 
-    def _begin_unload(self) -> tuple[Job, Child | None]:
+    def _begin_unload(self, idle: bool) -> tuple[Job, Child | None]:
         """Take the job, as soon as nobody else has it: a load that runs is ended."""
         while True:
             with self._changed:
                 running = self._owner.job
                 if running is None:
                     job = self._owner.job = Job("unloading")
+                    loaded, self._last_order = self._owner.record.loaded, self._last()
+                    self._owner.record.idled = loaded.order.name if idle and loaded else ""
                     child = self._owner.detach()
                     self._owner.change(State.UNLOADING)
                     return job, child

@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from modules.errors import LoadstoneError, NothingLoaded
-from modules.protocol import Done, Piece, Waiting
-from modules.service import Service, Stop
+from modules.errors import LoadstoneError
+from modules.protocol import Chunk, Done, Piece, Waiting
+from modules.service import Service, Stop, awake, comes, nothing_loaded
 from modules.supervisor import Snapshot
 from modules.ui import tags
 from modules.ui.common import small, warn
@@ -122,9 +122,9 @@ def answer(
 
     ``place``: the HTML id of the chat that shows it.
     """
-    if service.snapshot().loaded is None:
-        error: LoadstoneError = NothingLoaded("No model is loaded.")
-        yield settled(question.before, str(error), back=question.text)
+    snapshot = service.snapshot()
+    if snapshot.loaded is None and not comes(service, snapshot):
+        yield settled(question.before, str(nothing_loaded(snapshot)), back=question.text)
         return
     stop = stops.begin(session)
     done, failure = None, None
@@ -132,9 +132,11 @@ def answer(
         yield working(question.history, live.line("thinking …"))
         try:
             rendered = 0.0
-            for chunk in service.generate(question.values, **request(question), stop=stop, user=session):
+            for chunk in _chunks(service, question, stop, session):
                 if isinstance(chunk, Done):
                     done = chunk
+                elif isinstance(chunk, str) and stops.is_shown(session, stop):
+                    yield _said(live.line(f"Loading {chunk} …"))
                 elif isinstance(chunk, Waiting) and stops.is_shown(session, stop):
                     yield _in_line(live, chunk)
                 elif isinstance(chunk, Piece):
@@ -152,11 +154,25 @@ def answer(
         yield nothing()
 
 
+def _chunks(service: Service, question: Question, stop: Stop, session: str) -> Iterator[Chunk | str]:
+    """The answer as it comes; before it, the name of the model for as long as that has to be loaded first."""
+    yield from awake(service, stop)
+    if stop.wait():
+        yield Done("cancelled", 0, 0, 0.0, 0.0)
+    else:
+        yield from service.generate(question.values, **request(question), stop=stop, user=session)
+
+
+def _said(line: str) -> Updates:
+    """Another line, and all else as it is."""
+    updates = nothing()
+    updates[4] = line
+    return updates
+
+
 def _in_line(live: Live, waiting: Waiting) -> Updates:
     """The line where others are answered first."""
-    updates = nothing()
-    updates[4] = live.line(f"waiting, {waiting.place - 1} before you …" if waiting.place > 1 else "waiting, next …")
-    return updates
+    return _said(live.line(f"waiting, {waiting.place - 1} before you …" if waiting.place > 1 else "waiting, next …"))
 
 
 def _so_far(question: Question, live: Live) -> Updates:

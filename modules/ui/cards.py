@@ -13,7 +13,7 @@ from modules.errors import LoadstoneError
 from modules.options import LOAD_OPTIONS, PRECISIONS, LoadOptions, adapters_in_words, changed
 from modules.planner import DevicePlan
 from modules.planner.learning import Measurement, device_of
-from modules.service import Fit, View
+from modules.service import Fit, View, nothing_loaded
 from modules.supervisor import LOAD_STATES, Loaded, Snapshot, State
 from modules.ui.common import MOVING_BAR, bar, table
 from modules.units import format_bytes, format_seconds, format_tokens
@@ -95,7 +95,8 @@ def _percent(snapshot: Snapshot) -> str:
 def status_card(snapshot: Snapshot) -> str:
     """State, progress, what is loaded and since when, memory before and after, the error with its remedy."""
     css, word = _STATE_WORDS[snapshot.state]
-    parts = [f'<div class="card {css}"><div class="card-head"><span class="dot {css}"></span>']
+    again = f' data-last="{escape(snapshot.last.name)}"' if snapshot.last else ""  # page.js: what Reload loads
+    parts = [f'<div class="card {css}"{again}><div class="card-head"><span class="dot {css}"></span>']
     parts.append(f"<b>{escape(_headline(snapshot, word))}</b></div>")
     if busy(snapshot):
         parts.append(_progress(snapshot))
@@ -103,7 +104,7 @@ def status_card(snapshot: Snapshot) -> str:
         parts.append(error_box(snapshot.error))
     if snapshot.loaded:
         parts.append(_loaded(snapshot.loaded, still=snapshot.state is not State.READY))
-    parts.append(_notes(snapshot.notes))
+    parts.append(_notes([nothing_loaded(snapshot).message] if snapshot.idled else snapshot.notes))
     parts.append(_log(snapshot.log))
     return "".join(parts) + "</div>"
 

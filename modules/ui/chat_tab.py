@@ -8,9 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from modules.errors import LoadstoneError, NothingLoaded
+from modules.errors import LoadstoneError
 from modules.options import GENERATION_OPTIONS, GenerationOptions
-from modules.service import Service
+from modules.service import Service, nothing_loaded
 from modules.supervisor import Snapshot
 from modules.ui import chat_loras, tags
 from modules.ui.answering import (
@@ -136,7 +136,7 @@ def loaded_updates(snapshot: Snapshot) -> list[Any]:
     """Updates for ``tab.follows_loaded``: without a chat template there is Completion only. Without a model nothing
     is edited: Gradio takes what follows an edited message away before anybody is asked."""
     if snapshot.loaded is None:
-        return [gr.update(editable="none", placeholder=f"{NothingLoaded.title}. {NothingLoaded.remedy}"), gr.skip()]
+        return [gr.update(editable="none", placeholder=str(nothing_loaded(snapshot))), gr.skip()]
     has_template = snapshot.loaded.report.has_chat_template
     info = _MODE_HELP if has_template else _NO_TEMPLATE
     mode = gr.update(value=CHAT if has_template else COMPLETION, interactive=has_template, info=info)

@@ -189,7 +189,7 @@ def state_updates(service: Service, model: str | None, refused: LoadstoneError |
         card,
         gr.update(interactive=not busy),
         gr.update(interactive=snapshot.loaded is not None and not busy),
-        gr.update(interactive=snapshot.loaded is not None and not busy),
+        gr.update(interactive=snapshot.last is not None and not busy),
         gr.update(visible=True if snapshot.state in (State.STARTING, State.LOADING) else "hidden"),
         gr.update(visible=True if error and error.fix else "hidden", value=fix_label(error, options)),
         gr.update(visible=True if isinstance(error, CustomCodeRefused) else "hidden"),

@@ -129,20 +129,22 @@
     }
   }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["open"] });
 
-  // A greyed button says why; a sign has a name.
+  // A greyed button says why, Reload which model; a sign has a name.
   const BUSY = ["starting", "loading", "unloading"];
   const WHY = {
-    load: "Something is being loaded.", unload: "No model is loaded.", reload: "No model is loaded.",
+    load: "Something is being loaded.", unload: "No model is loaded.", reload: "No model was loaded yet.",
     "lora-apply": "The chosen model is not loaded: Load applies its LoRAs too.", "lora-remove": "No LoRA is active.",
     "training-start": "A training is under way.", "perplexity-start": "A text is being measured.",
     regenerate: "There is no answer yet, or one is coming.", undo: "There is nothing to take back, or an answer is coming.",
   };
   const OF_A_LOAD = ["load", "unload", "reload", "lora-apply", "lora-remove"];
   function explain(state) {
+    const last = document.querySelector("#card [data-last]")?.dataset.last;
     for (const [id, why] of Object.entries(WHY)) {
       const button = element(id);
       const waits = BUSY.includes(state) && OF_A_LOAD.includes(id);
-      if (button) button.title = button.disabled ? (waits ? `Wait: a model is ${state}.` : why) : "";
+      const does = id === "reload" && last ? `Loads ${last} again, with the same options and LoRAs.` : "";
+      if (button) button.title = button.disabled ? (waits ? `Wait: a model is ${state}.` : why) : does;
     }
     element("refresh")?.setAttribute("aria-label", "Look for new models");
     element("cancel-load")?.classList.toggle("unseen", Boolean(usable(element("cancel")))); // one is enough

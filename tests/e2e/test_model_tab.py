@@ -80,7 +80,6 @@ def digest_of(code: Path) -> str:
 def test_reload_starts_a_new_process_with_the_same_options(server: Server, open_page: Callable[..., Page]) -> None:
     page = open_page(server)
     select_model(page, SMALL)
-    expect(page.locator("#reload")).to_be_disabled()
     fill(page, "ctx_size", "64")
     load(page)
     before, first = server.info(), {worker.pid for worker in server.workers()}
@@ -89,6 +88,13 @@ def test_reload_starts_a_new_process_with_the_same_options(server: Server, open_
     wait_until(lambda: server.info()["state"] == "ready", 60)
     assert server.info()["options"] == before["options"]
     expect(page.locator("#card")).to_contain_text("Ready")
+    page.locator("#unload").click()
+    expect(page.locator("#unload")).to_be_disabled()
+    expect(page.locator("#reload")).to_be_enabled()
+    expect(page.locator("#reload")).to_have_attribute("title", re.compile(f"^Loads {SMALL} again"))
+    page.locator("#reload").click()
+    wait_until(lambda: server.info()["state"] == "ready", 60)
+    assert server.info()["options"] == before["options"]
 
 
 def test_refresh_offers_a_new_folder_and_keeps_the_form(server: Server, open_page: Callable[..., Page]) -> None:
