@@ -25,7 +25,10 @@ def build(service: Service, tab: gr.Tab) -> None:
     gr.HTML("<h3>What goes on</h3>", padding=False)
     content = gr.HTML(elem_id="now", padding=False)
     with gr.Row(visible=False, equal_height=True, elem_id="now-row") as row:
-        model = gr.Dropdown(choices=[], label="Loaded model", elem_id="now-model", scale=4, min_width=200)
+        model = gr.Dropdown(
+            choices=[], label="Loaded model", elem_id="now-model", scale=4, min_width=200, filterable=False,
+            allow_custom_value=True,  # a page may still send what it showed before the row was hidden
+        )  # fmt: skip
         front = gr.Button("Show on the page", size="sm", min_width=90, elem_id="now-front")
         pin = gr.Button("Pin", size="sm", min_width=90, elem_id="now-pin")
         unload = gr.Button("Unload", size="sm", min_width=90, elem_id="now-unload")

@@ -40,6 +40,13 @@ def test_several_models_are_seen_pinned_shown_and_unloaded(
     page.locator("#now-unload").click()
     expect(now.locator(".results tbody tr")).to_have_count(1)
     expect(page.locator("#status")).to_contain_text("one")
+    server.call("/v1/internal/model/unload", {})
+    expect(now).to_contain_text("Nothing is loaded.")
+    page.wait_for_timeout(2500)  # the page asks again meanwhile
+    assert server.load("one")[0] == 200
+    expect(now.locator(".results tbody tr")).to_have_count(1)
+    expect(page.locator("#now-pin")).to_be_visible()
+    assert not [line for line in server.output if "Traceback" in line]
     expect(page.locator("#session")).to_contain_text("--max-loaded")
     assert "invisible" not in page.locator("body").inner_text()
 
