@@ -208,6 +208,9 @@ def test_the_last_model_that_idles_stays_the_one_that_is_told_of_in_whatever_pla
         ships.fleet.unload("first")
         ships.fleet.start()
         until(lambda: not ships.names(), "the end of what idles")
-        until(lambda: ships.fleet.front.snapshot().idled == "second", "told of the model that idled")
+        until(lambda: ships.fleet.front.snapshot().state is State.EMPTY, "the end's end")
+        assert ships.fleet.front.snapshot().idled == "second"
+        place, _ = ships.fleet.choose("third", (), by_hand=False)
+        assert ships.fleet.front is place.supervisor, "whoever looks sees how a load on demand goes"
         ships.load("third")
         assert ships.names() == ["third"]

@@ -254,9 +254,10 @@ class Fleet:
         return next((slot for slot in order if slot is not None), self._front), ()
 
     def _empty(self) -> Slot:
-        """A place without a model: one with a warm worker first."""
+        """A place without a model: one with a warm worker first. The page, if it shows none either, follows."""
         for slot in (self._slots[0], self._front, *self._slots):
             if not slot.name and not slot.busy:
+                self._front = self._front if self._front.name or self._front.busy else slot
                 return slot
         if self._another is None:
             return self._front
@@ -339,7 +340,8 @@ class Fleet:
         with self.changed:
             if not self._front.name and self.front.snapshot().state is State.EMPTY:
                 answering = [slot for slot in self._by_use() if slot.name]
-                self._front = answering[-1] if answering else self._front
+                loading = [slot for slot in self._slots if slot.supervisor.snapshot().state in LOAD_STATES]
+                self._front = (answering or loading or [self._front])[-1]
             dropped = [slot for slot in self._slots[1:] if slot is not self._front and self._idle_place(slot)]
             self._slots = [slot for slot in self._slots if slot not in dropped]
         for slot in dropped:
