@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from modules import collector
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Ring:
@@ -17,8 +23,7 @@ class Ring:
         self.itself = self
 
 
-def test_nothing_is_collected_within_and_what_is_made_later_is() -> None:
-    gc.unfreeze()
+def collects_what_is_made_later() -> None:
     with collector.spared():
         assert not gc.isenabled()
         kept = [Ring() for _ in range(10)]
@@ -27,13 +32,22 @@ def test_nothing_is_collected_within_and_what_is_made_later_is() -> None:
     later = weakref.ref(Ring())
     gc.collect()
     assert later() is None
-    gc.unfreeze()
 
 
-def test_blocks_may_stand_within_one_another_and_fail() -> None:
+def stands_within_itself_and_fails() -> None:
     with collector.spared():
         with pytest.raises(ValueError, match="x"), collector.spared():
             raise ValueError("x")
         assert not gc.isenabled()
     assert gc.isenabled()
-    gc.unfreeze()
+
+
+@pytest.mark.parametrize("check", [collects_what_is_made_later, stands_within_itself_and_fails])
+def test_in_a_process_of_its_own(check: Callable[[], None]) -> None:
+    """In that of the tests it would freeze what other tests have left, and cycles among it for good."""
+    name = check.__name__
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests import test_collector\ntest_collector.{name}()"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
