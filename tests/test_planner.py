@@ -165,6 +165,17 @@ def test_quantized_weights_spill_only_where_it_was_asked_for_and_in_16_bit(llama
     assert any("stay in 16 bit" in note for note in planned.notes)
 
 
+def test_letting_loadstone_choose_lets_quantized_layers_lie_in_ram(llama_70b: Checkpoint) -> None:
+    refused = plan(llama_70b, LoadOptions(load_in_4bit=True), machine(24, ram=256), ctx_tokens=4096)
+    (way,) = [one for one in refused.suggestions if one.options == {"auto_devices": True}]
+    planned = plan(llama_70b, LoadOptions(load_in_4bit=True, **way.options), machine(24, ram=256), ctx_tokens=4096)
+    assert planned.fits
+    assert planned.offloaded.split(":")[0] in way.text
+    assert planned.away_bytes == planned.devices[1].weights_bytes > 0
+    capped = LoadOptions(load_in_4bit=True, auto_devices=True, cpu_memory=16, gpu_memory=(20,))
+    assert not plan(llama_70b, capped, machine(24, ram=256), ctx_tokens=4096).fits  # it never takes more than is set
+
+
 def test_the_disk_takes_the_rest_where_it_may(llama_70b: Checkpoint) -> None:
     refused = plan(llama_70b, LoadOptions(cpu_memory=32), machine(24), ctx_tokens=4096)
     assert not refused.fits

@@ -113,10 +113,10 @@ TINY = Calibration(
 )
 CAPS = st.integers(30_000, 1_500_000)
 OPTIONS = st.builds(
-    lambda disk, quantized, ram: LoadOptions(
-        disk=disk, load_in_4bit=quantized == 4, load_in_8bit=quantized == 8, cpu_memory=ram / GIB
+    lambda disk, auto, quantized, ram: LoadOptions(
+        disk=disk, auto_devices=auto, load_in_4bit=quantized == 4, load_in_8bit=quantized == 8, cpu_memory=ram / GIB
     ),
-    st.booleans(), st.sampled_from([0, 4, 8]), st.sampled_from([0, 150_000, 600_000]),
+    st.booleans(), st.booleans(), st.sampled_from([0, 4, 8]), st.sampled_from([0, 150_000, 600_000]),
 )  # fmt: skip
 
 

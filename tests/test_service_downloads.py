@@ -15,12 +15,16 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from modules import api
+from modules.devices import Gpu
 from modules.errors import DiskFull, ModelInUse, NotOnHub, UserError
 from modules.hub import JobState
+from modules.library import Library
 from modules.options import LoadOptions
 from modules.protocol import LoadOrder
 from modules.service import Service
+from modules.service.badges import badge
 from modules.service.downloads import fits_roughly
+from modules.service.fit import fit_of
 from modules.service.shelf import Shelf
 from tests.conftest import wait_until
 from tests.hub.conftest import hub, online  # noqa: F401 (fixtures)
@@ -98,6 +102,19 @@ def test_the_plan_judges_by_headers(service: Service, hub: Hub) -> None:  # noqa
         service.downloads.check(
             replace(huge, order=replace(huge.order, files=tuple(replace(f, size=2**50) for f in files)))
         )
+
+
+def test_a_plan_with_layers_in_ram_says_that_4_bit_would_spare_them(
+    service: Service, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = Library([demo_model.parent]).facts(demo_model.name)
+    machine = replace(service.measure(), gpus=(Gpu(0, "simulated", "0", 24 * 2**30, 1030 * 2**20),))
+    fit = fit_of(facts, LoadOptions(), 8192, machine, ())
+    described = (facts, badge(facts, machine), fit)
+    monkeypatch.setattr(service.downloads, "describe", lambda offer: described)
+    verdict = service.downloads.verdict(service.downloads.look("user/model"))
+    assert "layers in RAM" in verdict
+    assert verdict.endswith(" It fits in 4-bit.")
 
 
 def test_a_verdict_without_a_place_for_the_headers_says_why(

@@ -71,13 +71,14 @@ def rooms(
     """The room that the options leave on the machine.
 
     gpu_memory bounds the whole of what a GPU holds. cpu_memory bounds weights, KV cache and working memory; the
-    process itself, which no option makes smaller, comes on top. Neither can give more than is free.
+    process itself, which no option makes smaller, comes on top. Neither can give more than is free. Layers that are
+    quantized while loading lie beside a GPU only where the user lets them: they stay in 16 bit there.
     """
     caps = gpu_caps(machine, options)
     gpus = tuple(Room(str(index), cap, working_bytes, gpu_fixed_bytes) for index, cap in caps.items())
     asked = int(options.cpu_memory * GIB) + ram_fixed_bytes if options.cpu_memory else machine.ram_free_bytes
     ram = Room(CPU, min(asked, machine.ram_free_bytes), 0 if gpus else working_bytes, ram_fixed_bytes)
-    wanted = bool(options.disk or options.cpu_memory)
+    wanted = bool(options.disk or options.cpu_memory or options.auto_devices)
     return Rooms(
         gpus=gpus,
         ram=ram,

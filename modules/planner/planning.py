@@ -46,6 +46,12 @@ class Plan:
     exact: bool = True
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def away_bytes(self) -> int:
+        """Weights that are brought from RAM or disk to where they are computed, for every token."""
+        computing = {device.key for device in self.devices if device.key.isdigit()} or {CPU}
+        return sum(device.weights_bytes for device in self.devices if device.key not in computing)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as ``--plan --json`` prints it."""
         return {

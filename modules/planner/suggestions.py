@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modules.devices import Machine
-from modules.planner.devices import GIB
 from modules.planner.offload import offload_of
 from modules.planner.solving import Answer, Question, solve
 from modules.units import format_bytes
@@ -189,8 +188,8 @@ def _elsewhere(question: Question) -> Iterator[Suggestion]:
     """Layers in RAM, on disk, or everything on the CPU."""
     options, machine = question.options, question.machine
     on_gpu = bool(machine.gpus) and not options.cpu
-    if on_gpu and not options.cpu_memory:
-        yield from _kept_elsewhere(question, cpu_memory=(machine.ram_free_bytes * 9 // GIB) / 10)
+    if on_gpu and not (options.cpu_memory or options.auto_devices):
+        yield from _kept_elsewhere(question, auto_devices=True)
     if not options.disk:
         yield from _kept_elsewhere(question, disk=True)
     if on_gpu:

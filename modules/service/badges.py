@@ -17,10 +17,11 @@ from modules.planner import plan
 logger = logging.getLogger(__name__)
 
 # Tried in this order; the first that fits names the badge, the first two only with nothing beside the GPUs.
+IN_4BIT = "fits in 4-bit"
 _OFFLOAD = "with offload"
 _WAYS: Mapping[str, LoadOptions] = {
     "fits": LoadOptions(),
-    "fits in 4-bit": LoadOptions(load_in_4bit=True),
+    IN_4BIT: LoadOptions(load_in_4bit=True),
     _OFFLOAD: LoadOptions(disk=True),
 }
 _TOO_LARGE = "too large"

@@ -35,7 +35,7 @@ from modules.hub.queue import key_of
 from modules.library import Library, Model, ModelFacts
 from modules.library.facts import read_facts
 from modules.options import LoadOptions, context_tokens
-from modules.service.badges import badge
+from modules.service.badges import IN_4BIT, badge
 from modules.service.fit import Fit, fit_of, without
 from modules.supervisor import Loaded
 
@@ -199,7 +199,8 @@ class Downloads:
         if described is None:
             return ""
         facts, word, fit = described
-        ways = f" It {word}." if not fit.fits and word.startswith("fits") else ""
+        better = word.startswith("fits") if not fit.fits else fit.plan.away_bytes and word == IN_4BIT
+        ways = f" It {word}." if better else ""
         return f"{facts.summary()}. {fit.verdict}{ways}"
 
     # --- downloading ---

@@ -23,11 +23,13 @@ _BESIDE_SHARE = 0.9  # of what is free may be planned for a second model: the fi
 
 @dataclass(frozen=True)
 class Fit:
-    """``plan`` is for the machine as it will be when the model loads. ``beside``: what is loaded stays meanwhile."""
+    """``plan`` is for the machine as it will be when the model loads. ``beside``: what is loaded stays meanwhile.
+    ``spared_by``: the model without which less of it would lie in RAM or on disk; "" = none."""
 
     plan: Plan
     beside: bool = False
     ends: tuple[str, ...] = ()  # the models that are unloaded first to make room, the model itself among them
+    spared_by: str = ""
     expected: tuple[Expected, ...] = ()
     last: tuple[Measurement, ...] = ()  # what the last load of this kind took, by device
 
@@ -45,17 +47,19 @@ class Fit:
         others = [name for name in self.ends if name != self.plan.model]
         first = f" {' and '.join(others)} {'are' if others[1:] else 'is'} unloaded first." if others else ""
         slow = f", with {self.plan.offloaded}" if self.plan.offloaded else ""
-        return f"Fits{slow}.{first}{more}"
+        spared = f" With {self.spared_by} unloaded, less of it would." if self.spared_by else ""
+        return f"Fits{slow}.{spared}{first}{more}"
 
 
 def fit_of(
     facts: ModelFacts, options: LoadOptions, ctx_tokens: int, machine: Machine, loaded: Sequence[Loaded],
-    adapters: Adapters = (), learned: Learned | None = None,
+    adapters: Adapters = (), learned: Learned | None = None, *, replaces: bool = False,
 ) -> Fit:  # fmt: skip
     """The plan beside all that is ``loaded`` where that surely fits, else for when as few of it as will do have ended,
     from the front; where nothing will do, for when all have.
 
-    ``learned``: what earlier loads have taught; None: nothing.
+    ``learned``: what earlier loads have taught; None: nothing. ``replaces``: the first of ``loaded`` ends in any case,
+    and so ends first where more of the new one would lie in RAM or on disk beside it.
     """
 
     def planned(on: Machine, **rest: Any) -> Fit:
@@ -71,15 +75,24 @@ def fit_of(
     if not loaded:
         return planned(machine)
     beside = planned(_with_less(machine), beside=True)
-    if beside.fits:
+    if beside.fits and not beside.plan.away_bytes:
         return beside
     for count in range(1, len(loaded) + 1):
         machine = without(machine, loaded[count - 1])
         left = count < len(loaded)
         fit = planned(_with_less(machine) if left else machine, ends=tuple(one.order.name for one in loaded[:count]))
+        if beside.fits:
+            return _better(beside, fit, replaces=replaces)
         if fit.fits:
             break
     return fit
+
+
+def _better(beside: Fit, ended: Fit, *, replaces: bool) -> Fit:
+    """Of two that may fit: beside a model with a part in RAM or on disk, and with that model ended."""
+    if not ended.fits or ended.plan.away_bytes >= beside.plan.away_bytes:
+        return beside
+    return ended if replaces else replace(beside, spared_by=ended.ends[0])
 
 
 def without(machine: Machine, *loaded: Loaded) -> Machine:

@@ -34,7 +34,7 @@ from modules.service.traffic import Traffic
 from modules.service.training import Training
 from modules.service.view import View
 from modules.settings import CodeApprovals, Resolved, Settings, contradicting, resolve
-from modules.supervisor import Fleet, Loaded, Snapshot, Supervisor
+from modules.supervisor import Fleet, Snapshot, Supervisor
 
 Source = Literal["page", "api", "command line", "request"]  # the last one: a request that names a model
 
@@ -147,8 +147,7 @@ class Service(Answering):
         return View(
             name, facts, options, resolved.origin, _reasons(facts, options, machine),
             notes=(*notes, *loras.notes), problem=found, context_tokens=tokens, loras=loras,
-            fit=fit_of(facts, options, tokens, machine, self._endable(facts, source), loras.adapters, self.learned)
-            if facts else None,
+            fit=self._fit(facts, options, tokens, machine, loras, source) if facts else None,
             code_allowed=custom_code.allowed(self.approvals, facts, options, resolved.origin),
             code_approved=custom_code.approved(self.approvals, facts),
         )  # fmt: skip
@@ -192,10 +191,17 @@ class Service(Answering):
         notes = tuple(f"{LOAD_OPTIONS[n].flag} is left out here. {reasons[n]}" for n in values)
         return replace(resolved.options, **values), notes
 
-    def _endable(self, facts: ModelFacts, source: Source) -> tuple[Loaded, ...]:
-        """What may end to make room for a model: what is loaded of the model itself first."""
+    def _fit(
+        self, facts: ModelFacts, options: LoadOptions, tokens: int, machine: Machine, loras: LoraPlan, source: Source
+    ) -> Fit:
+        """The plan beside what may end to make room for the model: what is loaded of the model itself first."""
+        name = facts.model.name
         loaded = self.fleet.endable(by_hand=source != "request")
-        return tuple(sorted(loaded, key=lambda one: one.order.name != facts.model.name))
+        ordered = sorted(loaded, key=lambda one: one.order.name != name)
+        replaces = self.fleet.full(name) or any(one.order.name == name for one in ordered[:1])
+        return fit_of(
+            facts, options, tokens, machine, ordered, loras.adapters, self.learned, replaces=replaces,
+        )  # fmt: skip
 
     def _planned_loras(self, facts: ModelFacts | None, options: LoadOptions, origin: str) -> LoraPlan:
         if facts is None or not options.lora:

@@ -81,7 +81,7 @@ def spills(order: LoadOrder, device: DeviceFacts) -> bool:
 
 def offloads(options: LoadOptions, device: DeviceFacts) -> bool:
     """Whether the user lets layers lie in RAM or on disk beside a GPU."""
-    return device.gpus > 0 and (options.disk or options.cpu_memory > 0)
+    return device.gpus > 0 and (options.disk or options.cpu_memory > 0 or options.auto_devices)
 
 
 def gpu_limits(options: LoadOptions, device: DeviceFacts, sizes: Sizes) -> dict[int | str, int]:

@@ -60,6 +60,7 @@ def test_layers_that_are_quantized_stay_on_the_gpus() -> None:
 def test_layers_that_are_quantized_may_leave_the_gpus_when_asked() -> None:
     limits = place(TWO_GPUS, quantizes=True, load_in_4bit=True, cpu_memory=20.0)["max_memory"]
     assert limits["cpu"] == 20 * GIB
+    assert "cpu" in place(TWO_GPUS, quantizes=True, load_in_4bit=True, auto_devices=True)["max_memory"]
 
 
 def test_quantizing_on_a_cpu_takes_the_map_under_which_it_happens() -> None:
