@@ -53,6 +53,12 @@ def attention(text: Config) -> tuple[int, int, int]:
     return layers, kv_heads, number(text, "head_dim", "d_kv") or (hidden // heads if heads else 0)
 
 
+def layer(text: Config, index: int) -> Config:
+    """The configuration of one layer: ``text``, with what ``per_layer_config`` says of the layer alone."""
+    own = _object(_object(text, "per_layer_config"), str(index))
+    return {**text, **own} if own else text
+
+
 def dtype(text: Config) -> str:
     """``bfloat16``; ``""`` where it is not said."""
     value = text.get("dtype") or text.get("torch_dtype") or ""

@@ -338,6 +338,11 @@ def context_tokens(options: LoadOptions, model_limit: int) -> int:
     return stretched_context(options, usual)
 
 
-def kept_tokens(options: LoadOptions, ctx_tokens: int) -> int:
-    """For how many tokens a load with this context keeps keys and values: for one answer, or many together."""
-    return max(ctx_tokens, options.batch_tokens)
+def kept_tokens(options: LoadOptions, ctx_tokens: int, window: int = 0) -> int:
+    """For how many tokens a layer keeps keys and values with this context: for one answer, or many together.
+
+    ``window``: how many tokens back the layer sees; 0: all.
+    """
+    if not window:
+        return max(ctx_tokens, options.batch_tokens)
+    return max(min(ctx_tokens, window), min(options.batch_tokens, options.max_batch * window))

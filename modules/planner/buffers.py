@@ -42,7 +42,8 @@ def _rotary(text: Config, module: str) -> Iterator[tuple[str, Part]]:
     for kind, own in nested.items() if nested else [("", parameters)]:
         if kind and kind not in used:
             continue
-        numbers = -(-rotary_dimension(text, own, kind) // 2)
+        index = listed.index(kind) if isinstance(listed, list) and kind in listed else 0
+        numbers = -(-rotary_dimension(reading.layer(text, index), own, kind) // 2)
         yield module, Part("buffer", 2 * numbers, 1, fixed_bytes=2 * numbers * 4)
 
 
@@ -59,9 +60,12 @@ def rotary_dimension(text: Config, parameters: Config, kind: str = "") -> int:
 
 
 def head_dimension(text: Config, kind: str) -> int:
-    """Numbers of a head's key in layers of the ``kind``: Gemma 4 has larger heads where a layer sees everything."""
+    """Numbers of a head's key in layers of the ``kind``: Gemma 4 has larger heads where a layer sees everything.
+
+    ``text``: the configuration of such a layer. Newer files name what differs; older ones of Gemma 4 leave it unsaid.
+    """
     usual = reading.number(text, "kv_channels") or reading.attention(text)[2]
-    if kind != "full_attention":
+    if kind != "full_attention" or "per_layer_config" in text:
         return usual
     default = 512 if str(text.get("model_type", "")).startswith("gemma4") else usual
     return reading.number(text, "global_head_dim") or default

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from modules.library import config as reading
-from modules.options import LoadOptions
+from modules.options import LoadOptions, kept_tokens
 from modules.planner.buffers import head_dimension
 from modules.planner.formats import Precision
 from modules.planner.layout import Layout
@@ -62,7 +62,7 @@ DEFAULT = Calibration()
 
 @dataclass(frozen=True)
 class KvCache:
-    """The cache by decoder layer: bytes for each token, and the most tokens that a layer keeps (0 = all).
+    """The cache by decoder layer: bytes for each token, and the most tokens that it keeps of one answer (0 = all).
 
     ``repeats``: 2 where cross-attention keeps a cache of the same size beside the layer's own.
     """
@@ -71,11 +71,9 @@ class KvCache:
     windows: tuple[int, ...]
     repeats: int = 1
 
-    def layer_bytes(self, layer: int, ctx_tokens: int) -> int:
-        """Of one layer at a context of ``ctx_tokens``."""
-        window = self.windows[layer]
-        tokens = min(ctx_tokens, window) if window else ctx_tokens
-        return self.token_bytes[layer] * tokens * self.repeats
+    def layer_bytes(self, layer: int, options: LoadOptions, ctx_tokens: int) -> int:
+        """Of one layer at a context of ``ctx_tokens``, with as many answers at once as the options plan for."""
+        return self.token_bytes[layer] * kept_tokens(options, ctx_tokens, self.windows[layer]) * self.repeats
 
 
 @lru_cache(maxsize=64)
@@ -84,9 +82,18 @@ def kv_cache(layout: Layout, task: str, precision: Precision) -> KvCache:
     text = layout.text
     element = DTYPE_BYTES[precision.dtype]
     types = _layer_types(text, layout.layers)
-    token_bytes = tuple(0 if kind in _NO_CACHE else _numbers_per_token(text, kind) * element for kind in types)
-    windows = tuple(_window(text, kind) for kind in types)
+    layers = [(reading.layer(text, index), kind) for index, kind in enumerate(types)]
+    token_bytes = tuple(
+        0 if _caches_nothing(own, kind) else _numbers_per_token(own, kind) * element for own, kind in layers
+    )
+    windows = tuple(_window(own, kind) for own, kind in layers)
     return KvCache(token_bytes, windows, 2 if task == "seq2seq" else 1)
+
+
+def _caches_nothing(text: Config, kind: str) -> bool:
+    """``text``: the layer's own, which may leave its attention out."""
+    left_out = text.get("skip")
+    return kind in _NO_CACHE or (isinstance(left_out, list) and any("att" in str(name) for name in left_out))
 
 
 def _numbers_per_token(text: Config, kind: str) -> int:
@@ -132,13 +139,13 @@ def _implied(text: Config, index: int) -> str:
     return "full_attention" if every and (index + 1) % every == 0 else "sliding_attention"
 
 
-def cache_growth_bytes(cache: KvCache, ctx_tokens: int) -> int:
+def cache_growth_bytes(cache: KvCache, options: LoadOptions, ctx_tokens: int) -> int:
     """What a cache in RAM takes more while it grows: a layer's keys are copied for every token.
 
     Small tensors leave holes in the heap, in every layer, of which about half are filled again (measured); larger
     ones, which the C library gives back when they are freed, exist twice in one layer at a time.
     """
-    layers = [cache.layer_bytes(layer, ctx_tokens) for layer in range(len(cache.token_bytes))]
+    layers = [cache.layer_bytes(layer, options, ctx_tokens) for layer in range(len(cache.token_bytes))]
     small = [size for size in layers if size // 2 < HEAP_LIMIT_BYTES]  # keys and values are two tensors
     return sum(small) // 2 + max((size // 2 for size in layers if size // 2 >= HEAP_LIMIT_BYTES), default=0)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from modules.devices import Machine
-from modules.options import LoadOptions, kept_tokens
+from modules.options import LoadOptions
 from modules.planner.adapters import Adapters, with_adapters
 from modules.planner.checkpoint import Checkpoint
 from modules.planner.devices import CPU, DISK, DevicePlan, Rooms, gpu_caps, rooms
@@ -133,10 +133,10 @@ def solve(question: Question) -> Answer:
     layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = question.gpus
     precision = precision_for(checkpoint, options, gpus, question.machine.cpu_bf16)
-    kept = kept_tokens(options, question.ctx_tokens)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options)
+    cache = kv_cache(layout, checkpoint.task, precision)
     if not gpus:
-        working += cache_growth_bytes(kv_cache(layout, checkpoint.task, precision), kept)
+        working += cache_growth_bytes(cache, options, question.ctx_tokens)
     process = calibration.ram_beside_gpu_bytes if gpus else calibration.ram_fixed_bytes
     if not gpus and (question.quantizes or checkpoint.quantization == "bitsandbytes"):
         process += calibration.bitsandbytes_ram_bytes
@@ -150,7 +150,8 @@ def solve(question: Question) -> Answer:
     )  # fmt: skip
     # bitsandbytes leaves alone what a device map puts beside a GPU.
     offloaded = Precision(precision.dtype) if room.gpus else precision
-    loads = _loads(layout, checkpoint.task, precision, offloaded, kept)
+    kv = [cache.layer_bytes(rank, options, question.ctx_tokens) for rank in range(layout.layers)]
+    loads = _loads(layout, precision, offloaded, kv)
     return Answer(layout, room, precision, offloaded, loads, place(loads, room))
 
 
@@ -160,9 +161,8 @@ def _disk_bytes(question: Question) -> int | None:
     return question.machine.disk_free_bytes if bounded else None
 
 
-def _loads(layout: Layout, task: str, precision: Precision, offloaded: Precision, tokens: int) -> tuple[Load, ...]:
-    cache = kv_cache(layout, task, precision)
-    by_rank = [cache.layer_bytes(rank, tokens) for rank in range(layout.layers)]
+def _loads(layout: Layout, precision: Precision, offloaded: Precision, by_rank: Sequence[int]) -> tuple[Load, ...]:
+    """``by_rank``: the bytes of each layer's cache."""
     kvs = (by_rank[layout.layer_ranks[block.layer]] if block.layer >= 0 else 0 for block in layout.blocks)
     weights = _weights(layout, precision, offloaded)
     return tuple(Load(load.held, load.offloaded, kv, load.buffers) for load, kv in zip(weights, kvs, strict=True))

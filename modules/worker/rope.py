@@ -8,7 +8,8 @@ al. 2023, arXiv:2306.15595). d is the number of rotary dimensions of a head.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from modules.errors import OptionConflict
@@ -41,20 +42,25 @@ def stretched_config(config: Any, options: LoadOptions) -> Any:
             "Turn alpha_value, rope_freq_base and compress_pos_emb off.",
             fix={"alpha_value": 1.0, "rope_freq_base": 0.0, "compress_pos_emb": 1.0},
         )
-    text.rope_parameters = changed_parameters(parameters, options, head_dim(text))
+    text.rope_parameters = changed_parameters(parameters, options, partial(head_dim, text))
     if all(entry["rope_type"] in _FREE_OF_LIMIT for entry in layers(text.rope_parameters).values()):
         limit = getattr(text, "max_position_embeddings", 0) or 0
         text.max_position_embeddings = stretched_context(options, limit)
     return changed
 
 
-def changed_parameters(parameters: Mapping[str, Any], options: LoadOptions, head_dim: int) -> dict[str, Any]:
-    """``rope_parameters`` after the options. Of nested ones only the full-attention layers change."""
+def changed_parameters(
+    parameters: Mapping[str, Any], options: LoadOptions, head_dim: Callable[[str], int]
+) -> dict[str, Any]:
+    """``rope_parameters`` after the options. Of nested ones only the full-attention layers change.
+
+    ``head_dim``: dimensions of a head, by the layers' type; "" where all are alike.
+    """
     if not is_nested(parameters):
-        return _changed_entry(parameters, options, head_dim)
+        return _changed_entry(parameters, options, head_dim(""))
     stretched = (FULL_ATTENTION,) if parameters.get(FULL_ATTENTION) else tuple(parameters)
     return {
-        name: _changed_entry(entry, options, head_dim) if name in stretched and entry else entry
+        name: _changed_entry(entry, options, head_dim(name)) if name in stretched and entry else entry
         for name, entry in parameters.items()
     }
 
@@ -97,9 +103,20 @@ def rotary_dim(entry: Mapping[str, Any], head_dim: int) -> int:
     return int(head_dim * partial)
 
 
-def head_dim(config: Any) -> int:
-    """Dimensions of one attention head."""
+def head_dim(config: Any, layer_type: str = "") -> int:
+    """Dimensions of one attention head, in layers of that type where they differ."""
+    if config.is_heterogeneous:
+        types = list(getattr(config, "layer_types", None) or ())
+        config = config.per_layer_config[types.index(layer_type) if layer_type in types else 0]
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kv_numbers(config: Any) -> int:
+    """How many numbers the keys and values of one token are in all layers, none of which has a window."""
+    count = getattr(config, "num_hidden_layers", 0) or 0
+    layers = [config.per_layer_config[index] for index in range(count)] if config.is_heterogeneous else [config] * count
+    heads = [getattr(one, "num_key_value_heads", None) or getattr(one, "num_attention_heads", 0) for one in layers]
+    return sum(2 * head_dim(one) * int(count) for one, count in zip(layers, heads, strict=True) if count)
 
 
 def inverse_frequencies(entry: Mapping[str, Any], head_dim: int) -> list[float] | None:

@@ -163,16 +163,12 @@ def check_source(order: LoadOrder) -> None:
 def model_facts(order: LoadOrder) -> ModelFacts:
     """The configuration, and what the headers say. Reads no weights."""
     config = AutoConfig.from_pretrained(**source(order), **_trust(order))
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
-    layers = getattr(text, "num_hidden_layers", 0)
-    head_dim = rope.head_dim(text) if heads else 0
     dtype = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
     elements = 0
     if order.file_format == "safetensors":
         elements, header_dtype = _count_elements(Path(order.path))
         dtype = header_dtype or dtype
-    return ModelFacts(config, dtype, elements, kv_bytes_per_token=2 * 2 * layers * int(heads or 0) * head_dim)
+    return ModelFacts(config, dtype, elements, kv_bytes_per_token=2 * rope.kv_numbers(config.get_text_config()))
 
 
 def _count_elements(path: Path) -> tuple[int, str]:

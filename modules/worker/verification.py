@@ -44,7 +44,7 @@ def _verify_rope(model: Any, config: Any, order: LoadOrder) -> None:
     checked = 0
     for layer_type, entry in rope.layers(text.rope_parameters).items():
         name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
-        expected = rope.inverse_frequencies(entry, rope.head_dim(text))
+        expected = rope.inverse_frequencies(entry, rope.head_dim(text, layer_type))
         if name not in buffers or expected is None:
             continue
         checked += 1

@@ -81,18 +81,18 @@ def test_a_model_without_rope_refuses(tmp_path: Path, option: dict[str, float]) 
 def test_compression_refuses_to_destroy_a_scaling(rope_type: str) -> None:
     own = {"rope_type": rope_type, "rope_theta": 500_000.0, "factor": 8.0}
     with pytest.raises(OptionConflict, match=rope_type):
-        rope.changed_parameters(own, LoadOptions(compress_pos_emb=2.0), head_dim=64)
+        rope.changed_parameters(own, LoadOptions(compress_pos_emb=2.0), head_dim=lambda _: 64)
 
 
 def test_alpha_keeps_a_scaling_of_the_models_own() -> None:
     own = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0}
-    changed = rope.changed_parameters(own, LoadOptions(alpha_value=2.0), head_dim=64)
+    changed = rope.changed_parameters(own, LoadOptions(alpha_value=2.0), head_dim=lambda _: 64)
     assert changed == own | {"rope_theta": pytest.approx(500_000.0 * 2 ** (64 / 62))}
 
 
 def test_a_partly_rotated_head_counts_its_rotated_dimensions() -> None:
     own = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
-    changed = rope.changed_parameters(own, LoadOptions(alpha_value=2.0), head_dim=64)
+    changed = rope.changed_parameters(own, LoadOptions(alpha_value=2.0), head_dim=lambda _: 64)
     assert changed["rope_theta"] == pytest.approx(10_000.0 * 2 ** (16 / 14))
     assert rope.inverse_frequencies(changed, 64) == pytest.approx(frequencies(changed["rope_theta"], 16).tolist())
 

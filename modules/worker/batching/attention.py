@@ -24,9 +24,9 @@ class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped h
         super().__init__()
         self._slabs = slabs
         self._layer = 0
-        self._masks: dict[tuple[Any, Any], list[torch.Tensor | None]] = {}
+        self._masks: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
         self._lengths = [[row.read for row in slab.rows] for slab in slabs]  # before the step
-        self._places: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._places: dict[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Hands the new token's keys and values on to :meth:`attend`, which comes next."""
@@ -36,13 +36,14 @@ class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped h
     def attend(self, module: Any, query: Any, key: Any, value: Any, **rest: Any) -> Any:
         """Rows × 1 × heads × head size, for rows × heads × 1 × head size; keeps ``key`` and ``value``."""
         parts, begin = [], 0
-        masks, places = self._masks_for(query), self._places_for(key.device)
+        sizes = tuple(slab.size(self._layer) for slab in self._slabs)  # the same for all layers of a kind
+        masks, places = self._masks_for(query, sizes), self._places_for(key.device, sizes)
         for index, slab in enumerate(self._slabs):
             end = begin + len(slab.rows)
             keys, values, (rows, tokens) = slab.keys[self._layer], slab.values[self._layer], places[index]
             keys[rows, :, tokens] = key[begin:end, :, 0]
             values[rows, :, tokens] = value[begin:end, :, 0]
-            reach = self._reach(index)
+            _, reach = self._reach(index, sizes[index])
             part, _ = sdpa_attention_forward(
                 module, query[begin:end], keys[: len(rows), :, :reach], values[: len(rows), :, :reach],
                 masks[index], **rest,
@@ -51,36 +52,36 @@ class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped h
             begin = end
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _reach(self, index: int) -> int:
-        """How far into a slab the longest row goes."""
-        longest = max(self._lengths[index]) + 1
-        if min(self._lengths[index]) + 1 == longest:
-            return longest
-        return min(-(-longest // _ALIGNED) * _ALIGNED, self._slabs[index].capacity)
+    def _reach(self, index: int, size: int) -> tuple[int, int]:
+        """How far into places of ``size`` the shortest row goes, and how far any has to look for the longest."""
+        shortest, longest = (min(length + 1, size) for length in (min(self._lengths[index]), max(self._lengths[index])))
+        if shortest == longest:
+            return longest, longest
+        return shortest, min(-(-longest // _ALIGNED) * _ALIGNED, size)
 
-    def _masks_for(self, query: torch.Tensor) -> list[torch.Tensor | None]:
-        """By slab: what keeps each row from looking beyond its own end, rows × 1 × 1 × reach; one for all layers."""
-        key = (query.device, query.dtype)
+    def _masks_for(self, query: torch.Tensor, sizes: tuple[int, ...]) -> list[torch.Tensor | None]:
+        """By slab: what keeps each row from looking beyond its own end, rows × 1 × 1 × reach."""
+        key = (query.device, query.dtype, sizes)
         if key not in self._masks:
-            self._masks[key] = [self._mask(index, query) for index in range(len(self._slabs))]
+            self._masks[key] = [self._mask(index, size, query) for index, size in enumerate(sizes)]
         return self._masks[key]
 
-    def _mask(self, index: int, query: torch.Tensor) -> torch.Tensor | None:
-        lengths, reach = self._lengths[index], self._reach(index)
-        if min(lengths) + 1 == reach:
+    def _mask(self, index: int, size: int, query: torch.Tensor) -> torch.Tensor | None:
+        lengths, (shortest, reach) = self._lengths[index], self._reach(index, size)
+        if shortest == reach:
             return None
         last = torch.tensor(lengths, device=query.device)[:, None]
         beyond = torch.arange(reach, device=query.device)[None, :] > last
         return query.new_zeros(len(lengths), reach).masked_fill_(beyond, -torch.inf)[:, None, None, :]
 
-    def _places_for(self, device: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """By slab: (row, token) of each new key and value."""
-        if device not in self._places:
-            self._places[device] = [
-                (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
-                for lengths in self._lengths
+    def _places_for(self, device: Any, sizes: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """By slab: (row, place) of each new key and value."""
+        if (device, sizes) not in self._places:
+            self._places[device, sizes] = [
+                (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device) % size)
+                for lengths, size in zip(self._lengths, sizes, strict=True)
             ]
-        return self._places[device]
+        return self._places[device, sizes]
 
 
 def _attend(
@@ -94,14 +95,18 @@ AttentionInterface.register(NAME, _attend)
 
 
 @contextmanager
-def over(config: Any, slabs: list[Slab]) -> Iterator[Together]:
-    """Let the model of ``config`` attend to these slabs. transformers makes no mask for attention it does not know."""
-    usual = config._attn_implementation
+def over(model: Any, slabs: list[Slab]) -> Iterator[Together]:
+    """Let the model attend to these slabs. transformers makes no mask for attention it does not know."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    # Behind the property, which would set it for the parts that see and hear too.
+    usual = [config._attn_implementation_internal for config in configs]
     step = Together(slabs)
     _steps.append(step)
-    config._attn_implementation = NAME
+    for config in configs:
+        config._attn_implementation_internal = NAME
     try:
         yield step
     finally:
-        config._attn_implementation = usual
+        for config, name in zip(configs, usual, strict=True):
+            config._attn_implementation_internal = name
         _steps.pop()

@@ -14,11 +14,12 @@ from transformers import GenerationConfig
 from modules.errors import OutOfMemory
 from modules.protocol import AdapterChoice, Done, Failed
 from modules.worker.batching.choosing import Chooser, defaults, likeliest, no_numbers
+from modules.worker.batching.extents import extents
 from modules.worker.batching.line import Line, Ticket
 from modules.worker.batching.row import Row, Set
 from modules.worker.batching.slabs import Slabs
 from modules.worker.batching.steps import Steps
-from modules.worker.batching.suitable import agrees, obstacle
+from modules.worker.batching.suitable import agreed, obstacle
 from modules.worker.generation import Answer, Loaded, generate, release, typed
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,12 @@ class Scheduler:
         self._tried = False
         self._held = 0  # the most tokens that there was memory for
         self._steps = Steps(loaded.model)
-        self._room_tokens = max(order.ctx_tokens, order.options.batch_tokens)
-        self._slabs = Slabs(self._room_tokens, order.ctx_tokens)
+        layers = () if self.obstacle else self._steps.new_cache().layers
+        self._slabs = Slabs(extents(layers, order.options, order.ctx_tokens), order.ctx_tokens)
 
     @property
     def slots(self) -> int:
-        """For how many tokens memory is held by answers that decode together."""
+        """How much memory is held by answers that decode together, see :class:`Extents`."""
         return self._slabs.slots
 
     @property
@@ -137,8 +138,8 @@ class Scheduler:
             return row
         if len(self._rows) >= self._most or not self._may_join():
             return None
-        wanted = self._slabs.need(len(row.ids)) + self._slabs.tokens // _SPARE_SHARE
-        return row if self._demand() + wanted <= self._slabs.tokens else None
+        wanted = self._slabs.need(len(row.ids)) + self._slabs.bound // _SPARE_SHARE
+        return row if self._demand() + wanted <= self._slabs.bound else None
 
     def _prepare(self, before: int) -> Row | None:
         """The first of the line with its prompt; those whose prompt is refused are told, and leave."""
@@ -180,8 +181,8 @@ class Scheduler:
         """Whether the model computes the same for many as for one, which is tried where first there are two."""
         if not self._tried:
             self._tried = True
-            if not agrees(self._loaded.model, self._steps):
-                self._most = 1
+            tried = agreed(self._loaded.model, self._steps, self._slabs.extents)
+            self._slabs.extents, self._most = (tried, self._most) if tried else (self._slabs.extents, 1)
         return self._most > 1
 
     def _dismiss(self) -> None:
@@ -201,7 +202,7 @@ class Scheduler:
         rows.remove(row)
         self._slabs.remove(row)
         row.forget()
-        self._slabs.tokens = self._room_tokens  # see _move: there is more memory again
+        self._slabs.bound = self._slabs.extents.room  # see _move: there is more memory again
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
         told = typed(error, self._loaded.order)
@@ -225,7 +226,7 @@ class Scheduler:
 
     def _make_room(self, adapters: Set) -> None:
         """Where answers have outgrown the room for all, the youngest step back; where slabs are full, rows move."""
-        while len(self._rows) > 1 and self._demand() + self._moving(adapters) > self._slabs.tokens:
+        while len(self._rows) > 1 and self._demand() + self._moving(adapters) > self._slabs.bound:
             self._step_back()
         if len(self._rows) == 1 and self._rows[0].slab is not None:
             self._move(self._rows[0], lambda row: self._steps.set_apart(row, self._slabs))
@@ -262,7 +263,7 @@ class Scheduler:
     def _leave_room(self, row: Row | None = None) -> None:
         """Where others are under way, the row, or the youngest, steps back until somebody's answer ends."""
         if len(self._rows) > 1:
-            self._slabs.tokens = min(self._slabs.tokens, self._demand() - 1)
+            self._slabs.bound = min(self._slabs.bound, self._demand() - 1)
             self._step_back(row)
         log.warning("%s: memory is short, %d answers wait", self._loaded.order.name, len(self._paused))
 
@@ -273,7 +274,8 @@ class Scheduler:
 
     def _moving(self, adapters: Set) -> int:
         """The slots that are held twice while one row moves to a larger slab."""
-        return max((row.slab.capacity for row in self._outgrown(adapters) if row.slab is not None), default=0)
+        full = [row.slab.capacity for row in self._outgrown(adapters) if row.slab is not None]
+        return self._slabs.extents.slots(max(full, default=0))
 
     # --- the model's work ---
 
@@ -321,7 +323,7 @@ class Scheduler:
 
     def _choose(self, rows: list[Row], scores: torch.Tensor) -> None:
         """Give each row its next token. ``scores``: rows × vocabulary."""
-        own = sum(row.read for row in self._rows if row.slab is None)
+        own = sum(self._slabs.extents.slots(row.read) for row in self._rows if row.slab is None)
         self._held = max(self._held, self._slabs.slots + own)
         best = likeliest(scores, wanted=any(row.chooser.plain for row in rows))
         for index, row in enumerate(rows):

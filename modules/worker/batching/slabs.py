@@ -2,7 +2,8 @@
 
 A slab holds sequences of about the same length, one row each, in one tensor a layer for keys and one for values, so
 that a layer attends to all of them in one call. Lengths are rounded up to a few sizes, each at most half as long
-again as the one before: so much is lost to a single long answer among short ones, and no more.
+again as the one before: so much is lost to a single long answer among short ones, and no more. A layer that sees a
+window only keeps that: the token at position p lies at p modulo the window, over the one that it sees no longer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from modules.worker.batching.extents import Extents
 from modules.worker.batching.row import Sequence, Set
 
 _LEAST = 64
@@ -30,29 +32,32 @@ def capacity_for(tokens: int, most: int) -> int:
 class Slab:
     """Sequences with room for ``capacity`` tokens each. Row i of every tensor is that of ``rows[i]``."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, extents: Extents) -> None:
         self.capacity = capacity
+        self._extents = extents
         self.rows: list[Sequence] = []
         self.places = 0  # for how many rows there is memory
-        self.keys: list[torch.Tensor] = []  # by layer: places × kv heads × capacity × head size
+        self.keys: list[torch.Tensor] = []  # by layer: places × kv heads × size of the layer × head size
         self.values: list[torch.Tensor] = []
 
     @property
     def slots(self) -> int:
-        """For how many tokens there is memory."""
-        return self.places * self.capacity
+        return self.places * self._extents.slots(self.capacity)
+
+    def size(self, layer: int) -> int:
+        """For how many tokens of a row a layer has room."""
+        return self._extents.size(layer, self.capacity)
 
     def put(self, row: Sequence, layers: Iterator[Layer], places: int) -> None:
         """Add a row at the end, and make it ``places`` where there are fewer: layer by layer, so that one layer at a
         time exists twice."""
         for index, (keys, values) in enumerate(layers):
             if index == len(self.keys):
-                self.keys.append(keys.new_zeros(0, keys.shape[0], self.capacity, keys.shape[2]))
-                self.values.append(values.new_zeros(0, values.shape[0], self.capacity, values.shape[2]))
+                self.keys.append(keys.new_zeros(0, keys.shape[0], self.size(index), keys.shape[2]))
+                self.values.append(values.new_zeros(0, values.shape[0], self.size(index), values.shape[2]))
             for tensors, new in ((self.keys, keys), (self.values, values)):
                 tensors[index] = _resized(tensors[index], places, len(self.rows))
-                tensors[index][len(self.rows), :, : new.shape[1]] = new
-                tensors[index][len(self.rows), :, new.shape[1] :] = 0  # NaN of who was here before; see _resized
+                _lay(new, tensors[index][len(self.rows)], row.read)
         self.places = places
         self.rows.append(row)
         row.slab = self
@@ -65,10 +70,10 @@ class Slab:
         self.places = len(self.rows)
 
     def of(self, row: Sequence) -> Layers:
-        """What one row holds, as views."""
-        place, length = self.rows.index(row), row.read
+        """What one row holds, from the earliest token to the last; as views, but where a window begins amid it."""
+        place = self.rows.index(row)
         pairs = zip(self.keys, self.values, strict=True)
-        return [(keys[place, :, :length], values[place, :, :length]) for keys, values in pairs]
+        return [(_in_order(keys[place], row.read), _in_order(values[place], row.read)) for keys, values in pairs]
 
     def drop(self, row: Sequence) -> None:
         """Take a row out; the last one takes its place."""
@@ -79,6 +84,27 @@ class Slab:
             self.rows[place] = self.rows[last]
         self.rows.pop()
         row.slab = None
+
+
+def _lay(new: torch.Tensor, place: torch.Tensor, length: int) -> None:
+    """Lay the last tokens of a sequence of ``length`` each at its position modulo the size of the place.
+
+    ``new``, ``place``: kv heads × tokens × head size.
+    """
+    size, count = place.shape[1], new.shape[1]
+    first = (length - count) % size
+    before = min(count, size - first)  # as many come before the end, the others again at the beginning
+    place.zero_()  # NaN of who was here before; see _resized
+    place[:, first : first + before] = new[:, :before]
+    place[:, : count - before] = new[:, before:]
+
+
+def _in_order(place: torch.Tensor, length: int) -> torch.Tensor:
+    """What :func:`_lay` has laid, and steps beyond it."""
+    first = length % place.shape[1]
+    if length <= place.shape[1] or not first:
+        return place[:, :length]
+    return torch.cat((place[:, first:], place[:, :first]), dim=1)
 
 
 def _resized(old: torch.Tensor, places: int, rows: int) -> torch.Tensor:
@@ -92,24 +118,31 @@ def _resized(old: torch.Tensor, places: int, rows: int) -> torch.Tensor:
 
 
 class Slabs:
-    """All slabs, within a bound of ``tokens`` slots together, which may change.
+    """All slabs, within a bound of ``bound`` slots together, which may change. What a slot is, ``extents`` say.
 
     ``longest``: the most tokens of one sequence.
     """
 
-    def __init__(self, tokens: int, longest: int) -> None:
-        self.tokens = tokens
+    def __init__(self, extents: Extents, longest: int) -> None:
+        self.bound = extents.room
+        self.extents = extents
         self._longest = longest
         self._slabs: dict[tuple[Set, int], Slab] = {}
 
     @property
     def slots(self) -> int:
-        """How many tokens there is memory for now."""
+        """How many there is memory for now."""
         return sum(slab.slots for slab in self._slabs.values())
 
     def need(self, tokens: int) -> int:
         """How many slots a sequence of so many tokens takes."""
-        return capacity_for(tokens, self._longest)
+        return self.extents.slots(capacity_for(tokens, self._longest))
+
+    def numbers(self) -> list[int]:
+        """How many numbers a token's keys and values are, by layer. There has to be a sequence."""
+        slab = next(iter(self._slabs.values()))
+        pairs = zip(slab.keys, slab.values, strict=True)
+        return [keys[0, :, 0].numel() + values[0, :, 0].numel() for keys, values in pairs]
 
     def with_adapters(self, adapters: Set) -> list[Slab]:
         """The slabs whose sequences belong to this set of LoRAs."""
@@ -144,8 +177,8 @@ class Slabs:
         return layers
 
     def _place(self, row: Sequence, layers: Iterator[Layer]) -> None:
-        capacity = self.need(len(row.ids))
-        slab = self._slabs.setdefault((row.adapters, capacity), Slab(capacity))
+        capacity = capacity_for(len(row.ids), self._longest)
+        slab = self._slabs.setdefault((row.adapters, capacity), Slab(capacity, self.extents))
         slab.put(row, layers, self._places_for_one_more(slab))
 
     def _places_for_one_more(self, slab: Slab) -> int:
@@ -154,7 +187,7 @@ class Slabs:
         if rows < slab.places:
             return slab.places
         for places in (rows + 1 + rows // 2, rows + 1):
-            if self.slots + (places - slab.places) * slab.capacity <= self.tokens:
+            if self.slots + (places - slab.places) * self.extents.slots(slab.capacity) <= self.bound:
                 return places
         for other in self._slabs.values():
             if other is not slab and other.places > len(other.rows):
@@ -180,8 +213,10 @@ def _given_up(cache: Any) -> Iterator[Layer]:
         yield keys, values
 
 
-def own_cache(empty: Any, layers: Layers) -> Any:
-    """An ``empty`` DynamicCache, filled with what one sequence holds."""
+def own_cache(empty: Any, layers: Layers, length: int) -> Any:
+    """An ``empty`` DynamicCache, filled with what a sequence of ``length`` tokens holds."""
     for index, (keys, values) in enumerate(layers):
         empty.update(keys[None], values[None], index)
+        if empty.layers[index].is_sliding:
+            empty.layers[index].cumulative_length = length  # as if it had seen also what it no longer holds
     return empty

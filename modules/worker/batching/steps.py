@@ -31,7 +31,7 @@ class Steps:
 
     def read(self, row: Sequence, tokens: int) -> torch.Tensor | None:
         """Go through the next ``tokens`` of a row into a cache of its own; the scores after the last one of all."""
-        row.cache = row.cache or self._new_cache()
+        row.cache = row.cache or self.new_cache()
         end = min(row.read + tokens, len(row.ids))
         ids = torch.tensor([row.ids[row.read : end]], device=self.device)
         positions = torch.arange(row.read, end, device=self.device)[None]
@@ -56,7 +56,7 @@ class Steps:
         rows = [row for slab in slabs for row in slab.rows]
         ids = torch.tensor([row.ids[-1:] for row in rows], device=self.device)
         positions = torch.tensor([[row.read] for row in rows], device=self.device)
-        with attention.over(self._model.config, slabs) as step:
+        with attention.over(self._model, slabs) as step:
             scores = self._forward(input_ids=ids, position_ids=positions, past_key_values=step)
         for row in rows:
             row.read += 1
@@ -64,9 +64,10 @@ class Steps:
 
     def set_apart(self, row: Sequence, slabs: Slabs) -> None:
         """Give a row of a slab a cache of its own again."""
-        row.cache = own_cache(self._new_cache(), slabs.take_out(row))
+        row.cache = own_cache(self.new_cache(), slabs.take_out(row), row.read)
 
-    def _new_cache(self) -> Any:
+    def new_cache(self) -> Any:
+        """An empty cache for one sequence."""
         return DynamicCache(config=self._model.config)
 
     def _forward(self, **inputs: Any) -> torch.Tensor:
