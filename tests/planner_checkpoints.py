@@ -40,6 +40,11 @@ def _configs() -> dict[str, Callable[[], Any]]:
                            "num_attention_heads": 4, "patch_size": 14},
             mm_tokens_per_image=4, boi_token_index=290, eoi_token_index=291, image_token_index=292,
         ),
+        "gemma4": lambda: t.Gemma4TextConfig(
+            **(_SMALL | {"num_hidden_layers": 4}), head_dim=16, global_head_dim=32, num_global_key_value_heads=1,
+            num_kv_shared_layers=0, hidden_size_per_layer_input=0, sliding_window=32, attention_k_eq_v=True,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
         "gpt2": lambda: t.GPT2Config(n_layer=3, n_embd=64, n_head=4, n_positions=256, vocab_size=300,
                                      bos_token_id=1, eos_token_id=2),
         "gpt-neox": lambda: t.GPTNeoXConfig(**{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
@@ -61,8 +66,8 @@ def _configs() -> dict[str, Callable[[], Any]]:
 
 
 NAMES = (
-    "llama", "llama-tied", "mistral", "qwen2", "qwen3-moe", "mixtral", "gemma2", "gemma3", "gemma3-images", "gpt2",
-    "gpt-neox", "phi3", "gpt-oss", "deepseek-v3", "opt", "t5", "bart",
+    "llama", "llama-tied", "mistral", "qwen2", "qwen3-moe", "mixtral", "gemma2", "gemma3", "gemma3-images", "gemma4",
+    "gpt2", "gpt-neox", "phi3", "gpt-oss", "deepseek-v3", "opt", "t5", "bart",
 )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy
 import pytest
 import torch
 from transformers import BitsAndBytesConfig
@@ -17,9 +19,10 @@ from modules.devices import Gpu, Machine, cpu_bf16
 from modules.library import Library
 from modules.options import LoadOptions
 from modules.planner import Checkpoint, Plan, plan, read_checkpoint
+from modules.planner.checkpoint import from_facts
 from modules.planner.formats import Precision
 from modules.planner.layout import layout_of
-from modules.planner.memory import kv_cache
+from modules.planner.memory import DEFAULT, kv_cache, working_bytes
 from modules.worker import report
 from tests import checkpoints, planner_checkpoints
 
@@ -120,10 +123,43 @@ def test_the_demo_model_from_gguf_takes_what_the_same_weights_take_from_safetens
     demo_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "demo.gguf").symlink_to(checkpoints.gguf_file())
-    packed = plan(Library([tmp_path]).facts("demo.gguf"), LoadOptions(bf16=True), CPU, ctx_tokens=2048)
-    plain = plan(Library([demo_model.parent]).facts(demo_model.name), LoadOptions(bf16=True), CPU, ctx_tokens=2048)
+    files = Library([tmp_path]).facts("demo.gguf"), Library([demo_model.parent]).facts(demo_model.name)
+    packed, plain = (plan(facts, LoadOptions(bf16=True), CPU, ctx_tokens=2048) for facts in files)
     assert packed.weights_bytes == plain.weights_bytes == 269_030_272
     assert packed.devices[0].kv_cache_bytes == plain.devices[0].kv_cache_bytes == 2048 * 2 * 30 * 3 * 64 * 2
+    for eager in ("auto", "eager"):
+        options = LoadOptions(bf16=True, attn_implementation=eager)
+        working = [plan(facts, options, CPU, ctx_tokens=2048).devices[0].working_bytes for facts in files]
+        assert working[0] == working[1]
+
+
+def test_a_mixture_in_gguf_computes_with_as_many_experts_as_the_same_in_safetensors(tmp_path: Path) -> None:
+    folder = planner_checkpoints.checkpoint("qwen3-moe")
+    plain = read(folder)
+    writer = gguf.GGUFWriter(str(tmp_path / "mixture.gguf"), "qwen3moe")
+    text = plain.config
+    writer.add_block_count(text["num_hidden_layers"])
+    writer.add_context_length(text["max_position_embeddings"])
+    writer.add_embedding_length(text["hidden_size"])
+    writer.add_feed_forward_length(text["intermediate_size"])
+    writer.add_head_count(text["num_attention_heads"])
+    writer.add_head_count_kv(text["num_key_value_heads"])
+    writer.add_key_length(text["head_dim"])
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(text["num_experts_per_tok"])
+    vocabulary, hidden = text["vocab_size"], text["hidden_size"]
+    shapes = {"token_embd": (vocabulary, hidden), "output": (vocabulary, hidden),
+              "blk.0.ffn_up_exps": (4, text["moe_intermediate_size"], hidden)}  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", numpy.zeros(shape, dtype=numpy.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    packed = from_facts(Library([tmp_path]).facts("mixture.gguf"))
+    working = [working_bytes(layout_of(m), Precision("float32"), DEFAULT, 128, LoadOptions()) for m in (plain, packed)]
+    assert working[0] == working[1] > 0
 
 
 def test_a_mixture_in_4_bit_keeps_its_experts_and_says_so() -> None:

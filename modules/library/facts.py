@@ -77,6 +77,8 @@ class ModelFacts:
     has_chat_template: bool
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)  # config.json; empty for GGUF
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False)  # empty for .bin
+    heads: int = 0  # of the queries; of GGUF only, as the next one: elsewhere config tells
+    experts_used: int = 0  # for each token; 0: the model is no mixture
 
     def circumstances(self, gpu_names: tuple[str, ...], values: Mapping[str, object]) -> Circumstances:
         """What the options need to know to say whether they apply."""
@@ -251,6 +253,8 @@ def _gguf_facts(model: Model) -> ModelFacts:
         has_slow_tokenizer=False,
         has_chat_template=bool(header.metadata.get("tokenizer.chat_template")),
         tensors=tensors,
+        heads=heads,
+        experts_used=int(header.number("expert_used_count")),
     )
 
 

@@ -46,6 +46,8 @@ class Checkpoint:
         return self.file_format != "safetensors" or self.unpacked or merges
 
 
+_GGUF_INNER = ("ffn_up.weight", "ffn_gate.weight")
+_GGUF_EXPERTS = ("ffn_up_exps.weight", "ffn_gate_exps.weight", "ffn_gate_up_exps.weight")
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _KEPT = 8
 _known: list[tuple[ModelFacts, Checkpoint]] = []
@@ -109,11 +111,21 @@ def _gguf_config(facts: ModelFacts) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": facts.model_type,
         "num_hidden_layers": facts.layers,
-        "num_attention_heads": facts.kv_heads,
+        "num_attention_heads": facts.heads,
         "num_key_value_heads": facts.kv_heads,
         "head_dim": facts.head_dim,
         "tie_word_embeddings": "output.weight" not in facts.tensors,
-        "hidden_size": embedding.shape[0] if embedding else 0,  # ggml counts the innermost dimension first
-        "vocab_size": embedding.shape[-1] if embedding else 0,
+        "vocab_size": embedding.shape[0] if embedding else 0,
+        "hidden_size": embedding.shape[-1] if embedding else 0,
     }
+    if inner := _most_rows(facts.tensors, _GGUF_INNER):
+        config["intermediate_size"] = inner
+    if facts.experts_used and (inner := _most_rows(facts.tensors, _GGUF_EXPERTS)):
+        config |= {"moe_intermediate_size": inner, "num_experts_per_tok": facts.experts_used}
     return {**config, "rope_theta": facts.rope_theta} if facts.has_rope else config
+
+
+def _most_rows(tensors: Mapping[str, TensorInfo], endings: tuple[str, ...]) -> int:
+    """The most rows of a matrix, or of a stack of them, whose name ends so; 0 where there is none."""
+    rows = (info.shape[-2] for name, info in tensors.items() if name.endswith(endings) and len(info.shape) >= 2)
+    return max(rows, default=0)
