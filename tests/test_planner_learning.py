@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modules.devices import Gpu, Machine, cpu_bf16
+from modules.library import Library
+from modules.library.scan import Model
 from modules.options import LoadOptions
 from modules.planner import DEFAULT, Checkpoint, plan, read_checkpoint
 from modules.planner.learning import Measurement, calibrated, correction, expected, kind_of
-from tests import planner_checkpoints
+from tests import checkpoints, planner_checkpoints
 
 MIB = 2**20
 MACHINE = Machine((), 64 * 2**30, 64 * 2**30, 2**40, cpu_bf16())
@@ -102,3 +104,40 @@ def test_kinds_tell_precision_copy_and_device_apart(llama: Checkpoint) -> None:
     plans = [plan(llama, each, MACHINE, ctx_tokens=1024) for each in options]
     kinds = {kind_of(each, "RAM", from_copy=copied) for each in plans for copied in (False, True)}
     assert len(kinds) == 2 * len(options)
+
+
+GPU = Gpu(0, "simulated", "0", 24 * 2**30, 24 * 2**30)
+
+
+def packed_kinds() -> dict[str, str]:
+    """The kind of load on a processor in bfloat16, by what the files hold."""
+    folders = {
+        "plain": (checkpoints.llama(), "safetensors"), "bin": (checkpoints.pytorch(), "pytorch"),
+        "gguf": (checkpoints.gguf_file(), "gguf"), "fp8": (planner_checkpoints.fp8("llama"), "safetensors"),
+        "awq": (checkpoints.awq(), "safetensors"),
+    }  # fmt: skip
+    found = {}
+    for name, (path, file_format) in folders.items():
+        facts = Library([path.parent]).facts(Model(name, path, path.parent, file_format))  # type: ignore[arg-type]
+        found[name] = kind_of(plan(facts, replace(OPTIONS, bf16=True), MACHINE, ctx_tokens=64), "RAM", from_copy=False)
+    return found
+
+
+def test_kinds_tell_apart_what_the_files_hold_and_plain_safetensors_keep_theirs() -> None:
+    kinds = packed_kinds()
+    dtype = kinds["plain"].split(" ")[0]
+    assert kinds["plain"] == f"{dtype} on RAM: RAM"
+    assert kinds["bin"] == f"{dtype} of .bin on RAM: RAM"
+    assert kinds["gguf"] == f"{dtype} of gguf on RAM: RAM"
+    assert kinds["fp8"] == "bfloat16 of unpacked fp8 on RAM: RAM"
+    assert kinds["awq"].endswith(" of awq on RAM: RAM")
+
+
+def test_what_stays_packed_is_another_kind_than_what_is_unpacked() -> None:
+    fp8 = read_checkpoint(planner_checkpoints.fp8("llama"))
+    kinds = [
+        kind_of(plan(fp8, OPTIONS, replace(MACHINE, gpus=(replace(GPU, capability=able),)), ctx_tokens=64), "GPU",
+                from_copy=False)
+        for able in ((8, 9), (8, 6))
+    ]  # fmt: skip
+    assert [kind.split(" of ")[1] for kind in kinds] == ["fp8 on GPU: GPU", "unpacked fp8 on GPU: GPU"]

@@ -17,6 +17,7 @@ from modules.planner.memory import DEFAULT, Calibration
 from modules.planner.planning import Plan
 from modules.protocol import Expected
 
+_FROM_COPY = " from a copy"
 _ALIKE = 1.05  # plans that differ by less than this factor are of one size
 
 
@@ -40,14 +41,22 @@ class Measurement:
 
 
 def kind_of(plan: Plan, device: str, *, from_copy: bool) -> str:
-    """The kind of load, on ``device``: "GPU" or "RAM"."""
+    """The kind of load, on ``device``: "GPU" or "RAM". Each way to read weights takes memory of its own."""
     held = {place if place in (CPU, DISK) else "GPU" for place in plan.device_map.values()}
     names = {"GPU": "GPU", CPU: "RAM", DISK: "disk"}
     places = " + ".join(name for key, name in names.items() if key in held)
     precision = plan.precision
     double = ", double quantization" if precision.double_quant else ""
     packed = f"{precision.quantization}{double} ({precision.dtype})" if precision.quantization else precision.dtype
-    return f"{packed}{' from a copy' if from_copy else ''} on {places}: {device}"
+    return f"{packed}{_source(plan)}{_FROM_COPY if from_copy else ''} on {places}: {device}"
+
+
+def _source(plan: Plan) -> str:
+    """What the weights are read of, where that is not plain ones in safetensors: `` of gguf``, `` of unpacked fp8``."""
+    files = {"safetensors": "", "pytorch": ".bin"}.get(plan.file_format, plan.file_format)
+    packing = plan.packing if plan.packing != files else ""  # a .gguf file's is "gguf" too
+    read = " ".join(part for part in (packing, files) if part)
+    return f" of {read}" if read else ""
 
 
 def device_of(kind: str) -> str:

@@ -28,7 +28,8 @@ class Plan:
     ``device_map``: module → "cpu", "disk" or the GPU's number. ``spare_context_tokens``: how much longer a context
     would fit, on the GPUs alone where it lies so. ``offloaded``: of a model that fits, what lies in RAM or on disk
     beside the GPUs, and what that costs; "" = nothing. ``exact``: whether the weights are counted on headers, by rules
-    that are proven for the architecture.
+    that are proven for the architecture. ``packing``: how weights are packed that the files hold so: "gptq",
+    "unpacked fp8" where they are unpacked while they are loaded. ``path``: the folder or file, "" = not known.
     """
 
     model: str
@@ -45,6 +46,9 @@ class Plan:
     offloaded: str = ""
     exact: bool = True
     notes: tuple[str, ...] = field(default=())
+    file_format: str = "safetensors"
+    packing: str = ""
+    path: str = ""
 
     @property
     def away_bytes(self) -> int:
@@ -106,6 +110,9 @@ def plan(
         offloaded=f"{away.kept}: each token takes {away.longer} longer, or more" if away else "",
         exact=answer.layout.exact,
         notes=tuple(_notes(question, answer, away)),
+        file_format=checkpoint.file_format,
+        packing=f"unpacked {checkpoint.quantization}" if question.held.unpacked else checkpoint.quantization,
+        path="" if isinstance(facts, Checkpoint) else str(facts.model.path),
     )
 
 
