@@ -74,6 +74,21 @@ def test_no_correction_makes_the_process_smaller_than_nothing(llama: Checkpoint)
     assert planned.peak_bytes >= planned.weights_bytes
 
 
+@pytest.mark.parametrize("gpus", [(), (Gpu(0, "simulated", "0", 24 * 2**30, 24 * 2**30),)], ids=["RAM", "GPU"])
+def test_what_is_told_to_be_corrected_is_what_was(llama: Checkpoint, gpus: tuple[Gpu, ...]) -> None:
+    """Loads that took far less than the fixed costs alone: what was planned without them is told right all the same."""
+    machine = replace(MACHINE, gpus=gpus)
+    before = plan(llama, OPTIONS, machine, ctx_tokens=1024)
+    known = [took(10 * 2**30, 1, one.kind) for one in expected(before, DEFAULT, from_copy=False)]
+    calibration = calibrated(before, known, from_copy=False)
+    after = plan(llama, OPTIONS, machine, ctx_tokens=1024, calibration=calibration)
+    assert all(device.fixed_bytes == 0 for device in after.devices)
+    pairs = zip(expected(before, DEFAULT, from_copy=False), expected(after, calibration, from_copy=False), strict=True)
+    for plain, corrected in pairs:
+        assert corrected.correction_bytes < 0
+        assert corrected.peak_bytes() - corrected.correction_bytes == plain.peak_bytes()
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_one_load_teaches_all_of_it_whatever_other_gpus_there_are(llama: Checkpoint, number: int) -> None:
     gpus = tuple(Gpu(at, "simulated", str(at), 24 * 2**30, 24 * 2**30) for at in range(number))

@@ -84,13 +84,23 @@ def expected(plan: Plan, calibration: Calibration, *, from_copy: bool) -> tuple[
 def calibrated(
     plan: Plan, measurements: Iterable[Measurement], *, from_copy: bool, base: Calibration = DEFAULT
 ) -> Calibration:
-    """``base``, which ``plan`` was made with, corrected by what loads of the plan's kind took."""
+    """``base``, which ``plan`` was made with, corrected by what loads of the plan's kind took: by no more than makes
+    the fixed costs nothing, which is all that a plan takes off."""
     known = list(measurements)
     corrections = {"GPU": 0, "RAM": 0}
     for one in expected(plan, base, from_copy=from_copy):
         corrections[device_of(one.kind)] = correction([m for m in known if m.kind == one.kind], one.peak_bytes())
-    gpus = max(1, len(_gpus_in_use(plan)))
-    return base.corrected(gpu_bytes=corrections["GPU"] // gpus, ram_bytes=corrections["RAM"])
+    gpus = _gpus_in_use(plan)
+    ram = [device for device in plan.devices if device.key == CPU]
+    return base.corrected(
+        gpu_bytes=max(corrections["GPU"] // max(1, len(gpus)), -_fixed_bytes(gpus)),
+        ram_bytes=max(corrections["RAM"], -_fixed_bytes(ram)),
+    )
+
+
+def _fixed_bytes(devices: Iterable[DevicePlan]) -> int:
+    """The fixed costs of each of these; the least where they differ."""
+    return min((device.fixed_bytes for device in devices), default=0)
 
 
 def _gpus_in_use(plan: Plan) -> list[DevicePlan]:
