@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,32 @@ def test_quantized_weights_spill_only_where_it_was_asked_for_and_in_16_bit(llama
     assert gpu.classes.quantized
     assert ram.classes.quantized == 0
     assert any("stay in 16 bit" in note for note in planned.notes)
+
+
+def test_what_is_missing_is_the_least_that_would_do(llama_70b: Checkpoint) -> None:
+    setting = machine(24, ram=256)
+    refused = plan(llama_70b, LoadOptions(gpu_memory=(0.1,)), setting, ctx_tokens=4096)
+    assert refused.missing_on == "GPU 0"
+    enough = 0.1 + refused.missing_bytes / GIB
+    assert enough < 12  # of 24, and of 130 for all of it
+    assert plan(llama_70b, LoadOptions(gpu_memory=(enough + 0.001,)), setting, ctx_tokens=4096).fits
+    assert not plan(llama_70b, LoadOptions(gpu_memory=(enough - 1.7,)), setting, ctx_tokens=4096).fits  # a layer less
+
+
+def test_layers_of_many_sizes_are_planned_in_time(llama_70b: Checkpoint) -> None:
+    """What the search for a split out of order would go on with for minutes."""
+    tensors = {}
+    for name, info in llama_70b.tensors.items():
+        parts = name.split(".")
+        width = 2048 * (1 + int(parts[2]) % 9) if ".mlp." in name else 0
+        shape = tuple(width if number == 28672 else number for number in info.shape)
+        tensors[name] = replace(info, shape=shape)
+    many = replace(llama_70b, tensors=tensors)
+    begun = time.perf_counter()
+    for ram in range(8, 72, 8):
+        for gpus in ((24,), (24, 16, 12)):
+            plan(many, LoadOptions(), machine(*gpus, ram=ram), ctx_tokens=8192)
+    assert time.perf_counter() - begun < 16
 
 
 def test_letting_loadstone_choose_lets_quantized_layers_lie_in_ram(llama_70b: Checkpoint) -> None:

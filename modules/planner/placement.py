@@ -6,6 +6,7 @@ use computes them: their weights visit it one block at a time, and their KV cach
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ from itertools import accumulate
 
 from modules.planner import packing
 from modules.planner.devices import Room, Rooms
+
+_HALVINGS = 12  # of the range in which the least that is missing is looked for
+_MOST_STEPS = 5_000  # of a search for a split out of order
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,11 @@ class Usage:
     main: str  # where it comes to
 
 
-def place(loads: Sequence[Load], rooms: Rooms) -> Placement:
-    """A split that keeps every cap. Where none exists, the split in order that misses one cap by the least."""
+def place(loads: Sequence[Load], rooms: Rooms, *, search: bool = True) -> Placement:
+    """A split that keeps every cap. Where none exists, the split in order that misses one cap by the least.
+
+    ``search``: look for any split where the one in order does not do, which takes a hundred times as long.
+    """
     ways = list(_ways(rooms))
     process_short = max(0, rooms.ram.fixed_bytes - (rooms.ram.cap_bytes or 0)) if rooms.gpus else 0
     sums = _Sums(loads)
@@ -72,13 +79,13 @@ def place(loads: Sequence[Load], rooms: Rooms) -> Placement:
         for way in ways:
             if (devices := _in_order(loads, way, sums)) is not None:
                 return Placement(devices)
-        for way in ways:
-            if (devices := _any_split(loads, way)) is not None:
-                return Placement(devices)
-    missing, key, devices = min(_overflows(loads, ways, sums), key=lambda found: found[0])
+        if search and (devices := _searched(loads, ways)) is not None:
+            return Placement(devices)
+    short = min((_short(loads, way, sums) for way in ways), key=lambda found: found.missing if found else math.inf)
+    assert short is not None, "without a bound on its first device, every way takes all"
     if process_short:
-        return Placement(devices, process_short + missing, rooms.ram.key)
-    return Placement(devices, missing, key)
+        return Placement(short.devices, process_short + short.missing, rooms.ram.key)
+    return Placement(short.devices, short.missing, short.room.key)
 
 
 def _ways(rooms: Rooms) -> Iterator[Way]:
@@ -165,65 +172,99 @@ def _free(room: Room, *, computes: bool) -> int | None:
     return room.cap_bytes - room.fixed_bytes - (room.working_bytes if computes else 0)
 
 
-def _overflows(loads: Sequence[Load], ways: Sequence[Way], sums: _Sums) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-    """(bytes missing, on which device, the split) for each device that could be the one that is too small."""
-    for way in ways:
-        keys = [room.key for room in way.computing]
-        for room in (*way.computing, *way.stores):
-            if room.cap_bytes is None:
-                continue
-            wider = replace(room, cap_bytes=None)
-            relaxed = Way(_swapped(way.computing, room, wider), _swapped(way.stores, room, wider))
-            if (devices := _in_order(loads, relaxed, sums)) is None:
-                continue
-            used = usage(loads, devices, keys)
-            need = used.weights.get(room.key, 0) + used.kv.get(room.key, 0) + room.fixed_bytes
-            need += room.working_bytes if room.key in keys else 0
-            need += used.visiting if room.key == used.main else 0
-            yield max(1, need - room.cap_bytes), room.key, devices
+@dataclass(frozen=True)
+class _Short:
+    """A split that keeps every cap of a ``way`` but that of ``room``, on which ``missing`` bytes are missing."""
+
+    missing: int
+    room: Room
+    way: Way
+    devices: tuple[str, ...]
+
+
+def _short(loads: Sequence[Load], way: Way, sums: _Sums) -> _Short | None:
+    """What this way misses by the least, on whichever of its devices; None where no one device is too small."""
+    bounded = [room for room in (*way.computing, *way.stores) if room.cap_bytes is not None]
+    found = [short for room in bounded if (short := _with_cap(loads, way, room, None, sums)) is not None]
+    return _least(min(found, key=lambda short: short.missing), loads, sums) if found else None
+
+
+def _with_cap(loads: Sequence[Load], way: Way, room: Room, cap: int | None, sums: _Sums) -> _Short | None:
+    """The split in order with another cap on one device; None where that does not do."""
+    wider = replace(room, cap_bytes=cap)
+    relaxed = Way(_swapped(way.computing, room, wider), _swapped(way.stores, room, wider))
+    if (devices := _in_order(loads, relaxed, sums)) is None:
+        return None
+    keys = [one.key for one in way.computing]
+    used = usage(loads, devices, keys)
+    need = used.weights.get(room.key, 0) + used.kv.get(room.key, 0) + room.fixed_bytes
+    need += room.working_bytes if room.key in keys else 0
+    need += used.visiting if room.key == used.main else 0
+    return _Short(max(1, need - (room.cap_bytes or 0)), room, way, devices)
+
+
+def _least(short: _Short, loads: Sequence[Load], sums: _Sums) -> _Short:
+    """The same with as little more on that device as will do: where others may hold a part, it need not hold all."""
+    too_little = 0
+    for _ in range(_HALVINGS):
+        more = (too_little + short.missing) // 2
+        found = _with_cap(loads, short.way, short.room, (short.room.cap_bytes or 0) + more, sums)
+        if found is None or found.missing >= short.missing:
+            too_little = more
+        else:
+            short = found
+    return short
 
 
 def _swapped(rooms: tuple[Room, ...], old: Room, new: Room) -> tuple[Room, ...]:
     return tuple(new if room is old else room for room in rooms)
 
 
-def _any_split(loads: Sequence[Load], way: Way) -> tuple[str, ...] | None:
-    """Any split that keeps the caps, in order or not; None where there is none (or too many blocks differ)."""
+def _searched(loads: Sequence[Load], ways: Sequence[Way]) -> tuple[str, ...] | None:
+    """Any split that keeps the caps, in order or not; None where there is none, or none was found in time."""
+    steps = packing.Steps(_MOST_STEPS)
+    try:
+        return next((found for way in ways if (found := _any_split(loads, way, steps)) is not None), None)
+    except packing.GaveUp:
+        return None
+
+
+def _any_split(loads: Sequence[Load], way: Way, steps: packing.Steps) -> tuple[str, ...] | None:
     numbers = Counter(loads)
     sizes = sorted(numbers, key=lambda load: (numbers[load], load.held))  # the most frequent last: see fills
     counts = tuple(numbers[load] for load in sizes)
     if not _may_fit(loads, way):
         return None
     if not way.stores:
-        return _over_computing(loads, sizes, counts, way)
+        return _over_computing(loads, sizes, counts, way, steps)
     for seed, number in enumerate(counts):  # the main device holds something, so begin with one block there
         first = tuple(int(index == seed) for index in range(len(counts)))
-        if number and (chosen := _seeded(sizes, packing.remaining(counts, first), first, way)) is not None:
+        if number and (chosen := _seeded(sizes, packing.remaining(counts, first), first, way, steps)) is not None:
             return _assigned(loads, sizes, chosen)
     return None
 
 
 def _over_computing(
-    loads: Sequence[Load], sizes: Sequence[Load], counts: packing.Counts, way: Way
+    loads: Sequence[Load], sizes: Sequence[Load], counts: packing.Counts, way: Way, steps: packing.Steps
 ) -> tuple[str, ...] | None:
     """A split over the devices that compute, with nothing kept elsewhere."""
     keys = [room.key for room in way.computing]
     rooms = [_free(room, computes=True) or 0 for room in way.computing]
-    for left, taken in packing.after(counts, [load.held + load.kv for load in sizes], rooms).items():
+    for left, taken in packing.after(counts, [load.held + load.kv for load in sizes], rooms, steps).items():
         if not any(left):
             return _assigned(loads, sizes, dict(zip(keys, taken, strict=True)))
     return None
 
 
 def _seeded(
-    sizes: Sequence[Load], counts: packing.Counts, seed: packing.Counts, way: Way
+    sizes: Sequence[Load], counts: packing.Counts, seed: packing.Counts, way: Way, steps: packing.Steps
 ) -> dict[str, packing.Counts] | None:
     """A split with the block ``seed`` on the main device, ``counts`` anywhere."""
     held = [load.held + load.kv for load in sizes]
     others = way.computing[1:]
     rooms = [_free(room, computes=True) or 0 for room in others]
-    for left, taken in packing.after(counts, held, rooms).items():
-        if (rest := _last_devices(sizes, left, seed, way)) is not None:
+    for left, taken in packing.after(counts, held, rooms, steps).items():
+        if (rest := _last_devices(sizes, left, seed, way, steps)) is not None:
             return {**dict(zip((room.key for room in others), taken, strict=True)), **rest}
     return None
 
@@ -238,7 +279,7 @@ def _may_fit(loads: Sequence[Load], way: Way) -> bool:
 
 
 def _last_devices(
-    sizes: Sequence[Load], left: packing.Counts, seed: packing.Counts, way: Way
+    sizes: Sequence[Load], left: packing.Counts, seed: packing.Counts, way: Way, steps: packing.Steps
 ) -> dict[str, packing.Counts] | None:
     """Split what is ``left`` over the main device, which holds ``seed``, and the stores.
 
@@ -250,22 +291,25 @@ def _last_devices(
     room -= packing.total(seed, held) + packing.total(seed, stays)
     bounded = [_free(store, computes=False) for store in way.stores]
     for visiting in sorted({0, *(load.offloaded for load, count in zip(sizes, left, strict=True) if count)}):
+        steps.take(len(sizes))
         must = tuple(count if load.offloaded > visiting else 0 for load, count in zip(sizes, left, strict=True))
         free = room - visiting - packing.total(must, held)
-        for choice in packing.fills(packing.remaining(left, must), held, free):
+        for choice in packing.fills(packing.remaining(left, must), held, free, steps):
             on_main = packing.added(must, choice)
-            kept = _in_stores(packing.remaining(left, on_main), [load.offloaded for load in sizes], bounded)
+            kept = _in_stores(packing.remaining(left, on_main), [load.offloaded for load in sizes], bounded, steps)
             if kept is not None:
                 stores = dict(zip((store.key for store in way.stores), kept, strict=True))
                 return {main.key: packing.added(seed, on_main), **stores}
     return None
 
 
-def _in_stores(left: packing.Counts, sizes: Sequence[int], rooms: Sequence[int | None]) -> list[packing.Counts] | None:
+def _in_stores(
+    left: packing.Counts, sizes: Sequence[int], rooms: Sequence[int | None], steps: packing.Steps
+) -> list[packing.Counts] | None:
     kept = []
     for room in rooms:
         bound = packing.total(left, sizes) if room is None else max(0, room)
-        choice = max(packing.fills(left, sizes, bound), key=lambda taken: packing.total(taken, sizes))
+        choice = max(packing.fills(left, sizes, bound, steps), key=lambda taken: packing.total(taken, sizes))
         kept.append(choice)
         left = packing.remaining(left, choice)
     return None if any(left) else kept

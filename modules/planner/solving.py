@@ -127,8 +127,11 @@ class Answer:
         return sum(1 for block, device in pairs if device == key and block.layer >= 0)
 
 
-def solve(question: Question) -> Answer:
-    """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known."""
+def solve(question: Question, *, search: bool = True) -> Answer:
+    """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known.
+
+    ``search``: as :func:`place` takes it.
+    """
     checkpoint, options, calibration = question.held, question.options, question.calibration
     layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = question.gpus
@@ -152,7 +155,7 @@ def solve(question: Question) -> Answer:
     offloaded = Precision(precision.dtype) if room.gpus else precision
     kv = [cache.layer_bytes(rank, options, question.ctx_tokens) for rank in range(layout.layers)]
     loads = _loads(layout, precision, offloaded, kv)
-    return Answer(layout, room, precision, offloaded, loads, place(loads, room))
+    return Answer(layout, room, precision, offloaded, loads, place(loads, room, search=search))
 
 
 def _disk_bytes(question: Question) -> int | None:

@@ -153,13 +153,13 @@ def _shorter_context(question: Question) -> int:
 
 
 def longest_context(question: Question, most: int, least: int, *, on_gpus: bool = False) -> int:
-    """The longest context in steps between two bounds with which the model fits; 0 = not even the least.
+    """The longest context in steps between two bounds with which the model fits in order; 0 = not even the least.
 
     ``on_gpus``: with nothing of it in RAM or on disk beside a GPU.
     """
 
     def fits(steps: int) -> bool:
-        answer = solve(question.but(ctx_size=steps * _CONTEXT_STEP))
+        answer = solve(question.but(ctx_size=steps * _CONTEXT_STEP), search=False)
         return answer.fits and not (on_gpus and answer.offloads)
 
     low, high = -(-least // _CONTEXT_STEP), most // _CONTEXT_STEP
