@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -68,11 +69,15 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 def copies(cache_dir: Path) -> list[QuantizedCopy]:
-    """Every copy that is there, by model; damaged ones too, since they take space. Writes nothing."""
-    root = folder_of(cache_dir)
-    if not root.is_dir():
+    """Every copy that is there, by model; damaged ones too, since they take space. Writes nothing.
+
+    One that a worker removes meanwhile is left out.
+    """
+    try:
+        folders = [folder for folder in folder_of(cache_dir).iterdir() if _KEY.fullmatch(folder.name)]
+    except OSError:
         return []
-    found = [_described(folder) for folder in root.iterdir() if folder.is_dir() and _KEY.fullmatch(folder.name)]
+    found = [copy for folder in folders if folder.is_dir() and (copy := _described(folder)) is not None]
     return sorted(found, key=lambda copy: (copy.model.lower(), copy.what, copy.key))
 
 
@@ -82,18 +87,22 @@ def read(folder: Path) -> QuantizedCopy:
         data = json.loads((folder / MANIFEST).read_bytes())
         identity, files = dict(data["identity"]), {str(name): str(digest) for name, digest in data["files"].items()}
         model, made = str(data["model"]), datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime)
+        size_bytes = _size(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"The manifest of the quantized copy {folder.name} cannot be read: {error}.") from None
     if key_of(identity) != folder.name:
         raise BrokenCheckpoint(f"The manifest of the quantized copy {folder.name} is another copy's.")
-    return QuantizedCopy(folder, model, identity, files, _size(folder), made)
+    return QuantizedCopy(folder, model, identity, files, size_bytes, made)
 
 
-def _described(folder: Path) -> QuantizedCopy:
+def _described(folder: Path) -> QuantizedCopy | None:
+    """What is known of a copy, whole or not; None where it has vanished."""
     try:
         return read(folder)
     except BrokenCheckpoint:
-        return QuantizedCopy(folder, "", {}, {}, _size(folder), datetime.fromtimestamp(folder.stat().st_mtime))
+        with suppress(OSError):
+            return QuantizedCopy(folder, "", {}, {}, _size(folder), datetime.fromtimestamp(folder.stat().st_mtime))
+    return None
 
 
 def _size(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,35 @@ def test_a_damaged_manifest_is_an_error_and_is_listed_with_its_size(tmp_path: Pa
     assert (copy.model, copy.what, copy.size_bytes) == ("", "unreadable", 1000 + len(manifest))
     copies.delete(tmp_path, copy.key)
     assert copies.copies(tmp_path) == []
+
+
+def test_a_copy_that_vanishes_while_it_is_listed_is_left_out(tmp_path: Path) -> None:
+    """As when a worker removes a stale one, or a damaged one."""
+    stays, damaged = make(tmp_path, "stays"), make(tmp_path, "damaged")
+    goes = [make(tmp_path, f"goes {number}") for number in range(8)]
+    (damaged / copies.MANIFEST).write_text("{")
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            for folder in (damaged, *goes):
+                aside = copies.partial(folder)
+                folder.rename(aside)
+                aside.rename(folder)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        seen = {len(found) for _ in range(400) if (found := copies.copies(tmp_path)) and stays in paths(found)}
+    finally:
+        over.set()
+        thread.join()
+    assert seen - {10}  # some were away
+    assert len(copies.copies(tmp_path)) == 10
+
+
+def paths(found: list[copies.QuantizedCopy]) -> list[Path]:
+    return [copy.path for copy in found]
 
 
 def test_delete_removes_one_copy_and_what_dead_processes_left(tmp_path: Path) -> None:
