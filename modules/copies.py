@@ -25,6 +25,7 @@ import psutil
 from modules.errors import BrokenCheckpoint, UserError
 
 MANIFEST = "manifest.json"
+LAYOUT = 1  # raised when copies are written in another way
 _PARTIAL = ".partial-"  # behind it stands the id of the process that writes
 _KEY = re.compile(r"[0-9a-f]{32}")
 _CHUNK_BYTES = 1 << 20

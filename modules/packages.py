@@ -52,7 +52,7 @@ def install_line(*requirements: str) -> str:
 def installed_versions(requirements: Path = REQUIREMENTS) -> dict[str, str]:
     """The installed version of each package named in ``requirements``; ``""`` where one is missing."""
     importlib.invalidate_caches()
-    return {name: _version(name) for name in _names(requirements)}
+    return {name: version(name) for name in _names(requirements)}
 
 
 def _names(requirements: Path) -> Iterator[str]:
@@ -67,10 +67,11 @@ def _name(requirement: str) -> str:
 
 def _installed(name: str) -> bool:
     # A package built by hand or by conda may lack pip's metadata, so the module counts too.
-    return bool(_version(name)) or importlib.util.find_spec(name.replace("-", "_")) is not None
+    return bool(version(name)) or importlib.util.find_spec(name.replace("-", "_")) is not None
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """The installed version of a package; "" where it is missing, or lacks pip's metadata."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

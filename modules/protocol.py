@@ -236,6 +236,7 @@ class LoadReport:
     kwargs: dict[str, str]  # of from_pretrained, as logged
     load_seconds: float
     notes: tuple[str, ...] = ()
+    from_copy: bool = False  # a quantized copy was read
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from modules import devices
+from modules.measurements import Measurements
+from modules.planner import DEFAULT
 from modules.planner.learning import device_of
 from modules.service import Service
+from modules.service.learned import FILE, Learned
 from modules.ui import cards
 from tests import checkpoints
 from tests.conftest import wait_until
@@ -44,6 +47,41 @@ def test_one_models_load_makes_the_plan_of_another_right(service: Service) -> No
     assert fit is not None
     assert fit.last == (other,)
     assert "Last time, demo took" in cards.fit_card(service.view("demo", VALUES), MACHINE)
+
+
+def kinds(service: Service, values: dict[str, Any]) -> tuple[str, str]:
+    """Of a load of the small model: the kind that was told, and the one under which it was noted."""
+    service.load("small", values)
+    loaded = service.supervisor.wait_loaded(300).loaded
+    assert loaded is not None, service.snapshot().error
+    before = noted(service)
+    for _ in service.generate({"max_new_tokens": 2, "temperature": 0}, prompt="word " * 60):
+        pass
+    wait_until(lambda: noted(service) != before)
+    service.unload()
+    [(kind, _)] = noted(service) - before
+    return loaded.order.expected[0].kind, kind
+
+
+def noted(service: Service) -> set[tuple[str, float]]:
+    file = service.library.roots[0] / ".cache" / FILE
+    return {(one.kind, one.time) for one in Measurements(file).all()}
+
+
+def test_a_load_is_noted_by_whether_a_copy_was_read(demo_model: Path, tmp_path: Path) -> None:
+    values = {"load_in_4bit": True, "ctx_size": 256}
+    with learning_service(two_models(tmp_path, demo_model)) as service:
+        quantized = kinds(service, values)
+        copied = kinds(service, values)
+        [copy] = service.quantized_copies()
+        (copy.path / "model.safetensors").write_bytes(b"damaged")  # which shows only when it is opened
+        surprised = kinds(service, values)
+        cache = copy.path.parent.parent
+        view, learned = service.view("small", values), Learned(cache, quantized_cache=False)
+    assert quantized[0] == quantized[1] == surprised[1]
+    assert copied[0] == copied[1] == surprised[0] == quantized[0].replace(" on RAM", " from a copy on RAM")
+    assert view.fit is not None
+    assert [one.kind for one in learned.expected(view.fit.plan, view.options, DEFAULT)] == [quantized[0]]
 
 
 def test_more_of_the_context_is_noted_less_is_not(service: Service) -> None:

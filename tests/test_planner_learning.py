@@ -13,7 +13,7 @@ from modules.library import Library
 from modules.library.scan import Model
 from modules.options import LoadOptions
 from modules.planner import DEFAULT, Checkpoint, plan, read_checkpoint
-from modules.planner.learning import Measurement, calibrated, correction, expected, kind_of
+from modules.planner.learning import Measurement, calibrated, correction, expected, filed, kind_of
 from tests import checkpoints, planner_checkpoints
 
 MIB = 2**20
@@ -119,6 +119,10 @@ def test_kinds_tell_precision_copy_and_device_apart(llama: Checkpoint) -> None:
     plans = [plan(llama, each, MACHINE, ctx_tokens=1024) for each in options]
     kinds = {kind_of(each, "RAM", from_copy=copied) for each in plans for copied in (False, True)}
     assert len(kinds) == 2 * len(options)
+    for each in plans:
+        plain, copied = (kind_of(each, "RAM", from_copy=copied) for copied in (False, True))
+        assert {filed(kind, from_copy=False) for kind in (plain, copied)} == {plain}
+        assert {filed(kind, from_copy=True) for kind in (plain, copied)} == {copied}
 
 
 GPU = Gpu(0, "simulated", "0", 24 * 2**30, 24 * 2**30)

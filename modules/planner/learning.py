@@ -59,6 +59,12 @@ def _source(plan: Plan) -> str:
     return f" of {read}" if read else ""
 
 
+def filed(kind: str, *, from_copy: bool) -> str:
+    """The kind of the same load, where a quantized copy was read, or was not, whatever was expected."""
+    plain = kind.replace(f"{_FROM_COPY} on ", " on ")
+    return plain.replace(" on ", f"{_FROM_COPY} on ", 1) if from_copy else plain
+
+
 def device_of(kind: str) -> str:
     """ "GPU" or "RAM", of a kind that :func:`kind_of` made."""
     return kind.rsplit(" ", 1)[1]

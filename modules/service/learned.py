@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from modules import copies
 from modules.devices import Machine
 from modules.measurements import Measurements
 from modules.options import LoadOptions, kept_tokens
 from modules.planner import DEFAULT, Calibration, Plan
-from modules.planner.learning import Measurement, calibrated, device_of, expected
+from modules.planner.learning import Measurement, calibrated, device_of, expected, filed
 from modules.protocol import Expected, Memory
+from modules.service.copied import reads_copy
 from modules.supervisor import Loaded
 
 FILE = "memory.json"
@@ -19,11 +19,13 @@ _LEAST_BYTES = 64 * 2**20  # a process that holds less has told nothing yet
 
 
 class Learned:
-    """See the module. ``cache_dir``: where the file of measurements and the quantized copies are."""
+    """See the module. ``cache_dir``: where the file of measurements and the quantized copies are. ``quantized_cache``:
+    whether loads read such copies."""
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache_dir: Path, *, quantized_cache: bool = True) -> None:
         self._measurements = Measurements(cache_dir / FILE)
         self._cache_dir = cache_dir
+        self._quantized_cache = quantized_cache
 
     def calibration(self, plan: Plan, options: LoadOptions, machine: Machine) -> Calibration:
         """What this machine's loads make of ``plan``, which was made without them."""
@@ -35,18 +37,22 @@ class Learned:
         return expected(plan, calibration, from_copy=self._from_copy(plan, options))
 
     def note(self, loaded: Loaded, memory: Memory, used_tokens: int, machine: Machine) -> None:
-        """Keep what ``loaded`` took after ``used_tokens`` of its KV cache. Less than was noted says nothing."""
+        """Keep what ``loaded`` took after ``used_tokens`` of its KV cache. Less than was noted says nothing.
+
+        It is filed by what the worker did: whether there is a copy to read shows when it is opened.
+        """
         order = loaded.order
         for one in order.expected:
             measured = _measured(one, memory)
-            earlier = self._of(order.name, one.kind, machine)
+            kind = filed(one.kind, from_copy=loaded.report.from_copy)
+            earlier = self._of(order.name, kind, machine)
             this_load = earlier is not None and earlier.time >= loaded.since
             if measured < _LEAST_BYTES or (this_load and earlier and earlier.used_tokens >= used_tokens):
                 continue
             planned = one.peak_bytes(used_tokens / max(1, kept_tokens(order.options, order.ctx_tokens)))
             self._measurements.add(
                 Measurement(
-                    order.name, one.kind, fingerprint(machine), planned - one.correction_bytes, planned, measured,
+                    order.name, kind, fingerprint(machine), planned - one.correction_bytes, planned, measured,
                     used_tokens, time.time(),
                 )
             )  # fmt: skip
@@ -62,11 +68,7 @@ class Learned:
         return next((m for m in self._measurements.all() if (m.model, m.kind, m.machine) == same), None)
 
     def _from_copy(self, plan: Plan, options: LoadOptions) -> bool:
-        """Whether a quantized copy will be loaded, as far as can be told without its checks."""
-        if not plan.precision.quantization or not (options.load_in_4bit or options.load_in_8bit):
-            return False
-        what = copies.in_words(options.load_in_8bit, options.quant_type, options.use_double_quant)
-        return any(copy.model == plan.model and copy.what == what for copy in copies.copies(self._cache_dir))
+        return self._quantized_cache and reads_copy(plan, options, self._cache_dir)
 
 
 def fingerprint(machine: Machine) -> str:

@@ -69,7 +69,7 @@ class Service(Answering):
         new_loras = cache_dir.parent.parent / "loras"
         self.downloads = Downloads(library, cache_dir.parent, new_loras, measure, self.fleet.loaded)
         self.shelf = Shelf(library, cache_dir.parent, self.downloads, self.fleet.held)
-        self.learned = Learned(cache_dir)
+        self.learned = Learned(cache_dir, quantized_cache=self.server.quantized_cache)
         self.training = Training(
             library, self.fleet, measure, lambda: [lora.name for lora in self.loras.all()],
             loras_dir=new_loras, cache_dir=cache_dir,

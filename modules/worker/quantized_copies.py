@@ -34,7 +34,6 @@ from modules.worker.failures import translate
 
 logger = logging.getLogger(__name__)
 
-_LAYOUT = 1  # raised when copies are written in another way
 _SPARE_BYTES = 1 << 30  # of free disk that a copy leaves, beside its own size
 _SHARD = "1GB"  # at most so much is gathered from a GPU at a time, and several files are checked at a time
 # The part of BitsAndBytesConfig that changes how layers compute and not what they hold.
@@ -57,15 +56,26 @@ class Place:
         return copies.folder_of(self.cache_dir) / copies.key_of(self.identity)
 
 
-def load(order: LoadOrder, kwargs: Kwargs, make: Make, progress: Report) -> tuple[Any, Kwargs, tuple[str, ...]]:
-    """The model, the kwargs that it was made with, and notes: from its copy if there is one, which is kept otherwise.
+@dataclass(frozen=True)
+class Read:
+    """A model and the kwargs that it was made with."""
+
+    model: Any
+    kwargs: Kwargs
+    notes: tuple[str, ...]
+    from_copy: bool = False
+
+
+def load(order: LoadOrder, kwargs: Kwargs, make: Make, progress: Report) -> Read:
+    """The model, from its copy if there is one, which is kept otherwise.
 
     ``make(kwargs, stage)`` calls from_pretrained, checks the result and returns it with notes; ``stage`` "" is the
     usual one. What it raises for the model's own files is raised here.
     """
     place = place_of(order, kwargs)
     if place is None:
-        return _made(make, kwargs)
+        model, notes = make(kwargs, "")
+        return Read(model, kwargs, notes)
     copies.remove_leftovers(place.cache_dir)
     remove_stale(order, place)
     if (found := whole(place, progress)) is not None:
@@ -73,23 +83,17 @@ def load(order: LoadOrder, kwargs: Kwargs, make: Make, progress: Report) -> tupl
         if not isinstance(read, LoadstoneError):
             return read
         _discard(found.path, read)
-    model, kwargs, notes = _made(make, kwargs)
-    return model, kwargs, (*notes, *keep(model, order, place, progress))
+    model, notes = make(kwargs, "")
+    return Read(model, kwargs, (*notes, *keep(model, order, place, progress)))
 
 
-def _made(make: Make, kwargs: Kwargs, stage: str = "") -> tuple[Any, Kwargs, tuple[str, ...]]:
-    model, notes = make(kwargs, stage)
-    return model, kwargs, notes
-
-
-def _read(
-    order: LoadOrder, kwargs: Kwargs, found: copies.QuantizedCopy, make: Make
-) -> tuple[Any, Kwargs, tuple[str, ...]] | LoadstoneError:
+def _read(order: LoadOrder, kwargs: Kwargs, found: copies.QuantizedCopy, make: Make) -> Read | LoadstoneError:
     """The model from its copy, or why the copy is of no use. Raises OutOfMemory: quantizing would need more still."""
     note = f"Loaded from the quantized copy of {found.made:%Y-%m-%d %H:%M} ({format_bytes(found.size_bytes)})."
     try:
-        model, used, notes = _made(make, copy_kwargs(kwargs, found.path), "loading the quantized copy")
-        return model, used, (note, *notes)
+        used = copy_kwargs(kwargs, found.path)
+        model, notes = make(used, "loading the quantized copy")
+        return Read(model, used, (note, *notes), from_copy=True)
     except Exception as exc:
         problem = translate(exc, order)
         if isinstance(problem, OutOfMemory):
@@ -137,7 +141,7 @@ def identity(order: LoadOrder, kwargs: Mapping[str, Any], device: str) -> dict[s
         if name not in _NOT_IN_THE_WEIGHTS and not name.startswith("_")
     }
     return {
-        "layout": _LAYOUT,
+        "layout": copies.LAYOUT,
         "source": str(Path(order.path).resolve()),
         "files": identity_of(Path(order.path), order.file_format),
         "recipe": {**recipe, "dtype": str(kwargs["dtype"]), "device": device, "task": order.task},

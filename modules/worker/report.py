@@ -22,6 +22,7 @@ def make_report(
     kwargs: Mapping[str, str],
     load_seconds: float,
     notes: tuple[str, ...],
+    from_copy: bool = False,
 ) -> LoadReport:
     """The report on a loaded model."""
     by_device = device_bytes(model)
@@ -41,6 +42,7 @@ def make_report(
         kwargs=dict(kwargs),
         load_seconds=round(load_seconds, 3),
         notes=notes,
+        from_copy=from_copy,
     )
 
 

@@ -119,19 +119,19 @@ def _load(order: LoadOrder, progress: Callable[[Progress], None]) -> LoadedModel
         progress(Progress("checking what was loaded"))
         return model, verify(model, order, device.usable(order.options), kwargs)
 
-    model, kwargs, checked = quantized_copies.load(order, arguments.kwargs, make, progress)
-    notes = (*order.notes, *arguments.notes, *loaded_tokenizer.notes, *checked)
-    settle_generation(model, loaded_tokenizer.tokenizer)
+    read = quantized_copies.load(order, arguments.kwargs, make, progress)
+    settle_generation(read.model, loaded_tokenizer.tokenizer)
     made = report.make_report(
-        model,
+        read.model,
         loaded_tokenizer.tokenizer,
         order,
         context_limit=report.context_limit(facts.config, order.options),
-        kwargs=LoadArguments(kwargs).as_text(),
+        kwargs=LoadArguments(read.kwargs).as_text(),
         load_seconds=time.perf_counter() - started,
-        notes=notes,
+        notes=(*order.notes, *arguments.notes, *loaded_tokenizer.notes, *read.notes),
+        from_copy=read.from_copy,
     )
-    return LoadedModel(model, loaded_tokenizer.tokenizer, made, order)
+    return LoadedModel(read.model, loaded_tokenizer.tokenizer, made, order)
 
 
 def check_source(order: LoadOrder) -> None:
