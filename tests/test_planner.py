@@ -173,7 +173,8 @@ def test_what_is_missing_is_the_least_that_would_do(llama_70b: Checkpoint) -> No
     enough = 0.1 + refused.missing_bytes / GIB
     assert enough < 12  # of 24, and of 130 for all of it
     assert plan(llama_70b, LoadOptions(gpu_memory=(enough + 0.001,)), setting, ctx_tokens=4096).fits
-    assert not plan(llama_70b, LoadOptions(gpu_memory=(enough - 2.5,)), setting, ctx_tokens=4096).fits  # out of order, 1.7 less do
+    less = LoadOptions(gpu_memory=(enough - 2.5,))  # out of order, 1.7 less would do
+    assert not plan(llama_70b, less, setting, ctx_tokens=4096).fits
 
 
 def test_layers_of_many_sizes_are_planned_in_time(llama_70b: Checkpoint) -> None:
@@ -272,8 +273,56 @@ def test_ways_to_fit_do_fit_and_say_their_price(llama_70b: Checkpoint) -> None:
         assert len(suggestion.text) > 30
 
 
+def test_each_way_says_what_it_keeps_beside_the_gpu_and_those_that_keep_nothing_there_come_first(
+    llama_70b: Checkpoint,
+) -> None:
+    cases = [
+        (machine(24, ram=64), LoadOptions(), 8192),
+        (machine(24, ram=160), LoadOptions(cpu_memory=40), 8192),
+        (machine(24, 24, ram=64), LoadOptions(auto_devices=True), 8192),
+        (machine(48, ram=12), LoadOptions(), 131072),
+        (machine(24, 48, ram=4), LoadOptions(gpu_memory=(0, 20)), 8192),
+        (machine(ram=64), LoadOptions(bf16=True), 8192),
+    ]
+    for setting, options, tokens in cases:
+        refused = plan(llama_70b, options, setting, ctx_tokens=tokens)
+        away = []
+        for way in refused.suggestions:
+            chosen = replace(options, **way.options)
+            made = plan(llama_70b, chosen, setting, ctx_tokens=way.options.get("ctx_size", tokens))
+            assert made.fits
+            assert made.offloaded.split(":")[0] in way.text
+            assert bool(made.offloaded) == ("layers" in way.text) == bool(made.away_bytes)
+            away += [made.away_bytes] if not chosen.cpu else []  # which stands where its time puts it
+        assert refused.suggestions
+        assert sorted(away, key=bool) == away
+
+
+def test_what_the_user_set_is_given_up_first_where_it_is_what_takes_the_memory(llama_70b: Checkpoint) -> None:
+    def first(setting: Machine, **options: Any) -> dict[str, Any]:
+        refused = plan(llama_70b, LoadOptions(**options), setting, ctx_tokens=8192)
+        return dict(refused.suggestions[0].options)
+
+    assert first(machine(160, ram=4), batch_tokens=131072) == {"batch_tokens": 0}
+    assert first(machine(150, ram=4), attn_implementation="eager") == {"attn_implementation": "auto"}
+    # A GPU that is left out stays so while the others will do, and is offered by its name where they will not.
+    assert first(machine(80, 160, ram=4), gpu_memory=(0, 20)) == {"gpu_memory": (0.0, 160.0)}
+    refused = plan(llama_70b, LoadOptions(gpu_memory=(0, 20)), machine(80, 80, ram=4), ctx_tokens=8192)
+    assert any("GPU 0 too" in way.text and way.options == {"gpu_memory": ()} for way in refused.suggestions)
+
+
+def test_the_cpu_takes_in_4_bit_what_it_cannot_take_whole(llama_70b: Checkpoint) -> None:
+    refused = plan(llama_70b, LoadOptions(), machine(24, ram=64), ctx_tokens=8192)
+    assert "in 4-bit" in refused.suggestions[0].text
+    assert refused.suggestions[0].options["cpu"]
+    assert refused.suggestions[0].options["load_in_4bit"]
+    quantized = plan(llama_70b, LoadOptions(load_in_4bit=True), machine(ram=16), ctx_tokens=8192)
+    (way,) = quantized.suggestions
+    assert way.options == {"load_in_4bit": False, "load_in_8bit": False, "bf16": True, "disk": True}
+
+
 def test_the_first_word_is_what_costs_least() -> None:
-    """In order: unload, take what is free, bfloat16, a shorter context, 8-bit, 4-bit, layers elsewhere."""
+    """In order: take what is free, bfloat16, a shorter context, 8-bit, 4-bit, layers elsewhere."""
     checkpoint = read_checkpoint(planner_checkpoints.checkpoint("llama"))
     small = Calibration(
         ram_fixed_bytes=0,
@@ -285,10 +334,9 @@ def test_the_first_word_is_what_costs_least() -> None:
     )
     weights = plan(checkpoint, LoadOptions(bf16=True), machine(ram=1), ctx_tokens=64).weights_bytes
     tight = machine(ram=weights * 1.2 / GIB)
-    refused = plan(checkpoint, LoadOptions(), tight, ctx_tokens=64, calibration=small, freed=machine(ram=1))
-    assert refused.suggestions[0].unload
-    assert refused.suggestions[1].options == {"bf16": True}
-    assert "load_in_8bit" in refused.suggestions[2].options
+    refused = plan(checkpoint, LoadOptions(), tight, ctx_tokens=64, calibration=small)
+    assert refused.suggestions[0].options == {"bf16": True}
+    assert "load_in_8bit" in refused.suggestions[1].options
 
 
 def test_a_shorter_context_is_offered_with_its_length(llama_70b: Checkpoint) -> None:

@@ -193,5 +193,8 @@ def test_what_lies_beside_a_gpu_is_said_and_nothing_else_is(name: str, options: 
 
 @given(st.sampled_from(NAMES), OPTIONS)
 @settings(max_examples=40, deadline=None)
-def test_without_a_gpu_nothing_lies_beside_one(name: str, options: LoadOptions) -> None:
-    assert planned(name, options, []).offloaded == ""
+def test_without_a_gpu_what_lies_on_disk_is_said(name: str, options: LoadOptions) -> None:
+    made = planned(name, options, [])
+    on_disk = made.fits and "disk" in made.device_map.values()
+    assert bool(made.offloaded) == any("lie in RAM" in note for note in made.notes) == on_disk
+    assert not on_disk or made.offloaded.split(":")[0].endswith("on disk")

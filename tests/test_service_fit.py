@@ -29,6 +29,17 @@ def test_what_lies_in_ram_beside_the_gpu_is_said_and_what_does_not_is_not(demo_m
     assert "of 30 layers in RAM: each token takes" in tight.verdict
     for alone in (fit(23_000), fit(1030, load_in_4bit=True), fit(1030, cpu=True)):
         assert alone.verdict.startswith("Fits.")
+    assert fit(23_000).plan.ctx_tokens == 8192
+
+
+def test_how_long_a_context_would_fit_is_said_whole(demo_model: Path) -> None:
+    facts = Library([demo_model.parent]).facts(demo_model.name)
+    machine = Machine((Gpu(0, "simulated", "0", 24 * GIB, 20 * GIB),), 64 * GIB, 60 * GIB, 500 * GIB)
+    assert fit_of(facts, LoadOptions(), 2048, machine, ()).verdict == (
+        "Fits. A context of up to 8,192 tokens would fit too."
+    )
+    stretched = fit_of(facts, LoadOptions(alpha_value=2.5), 2048, machine, ())
+    assert stretched.verdict == "Fits. A context of up to 16,384 tokens would fit too."
 
 
 def loaded(name: str, gpu_mib: int) -> Loaded:

@@ -23,10 +23,11 @@ from tests.services import Make, services
         (
             {"load_in_4bit": True, "load_in_8bit": False, "bf16": False, "use_double_quant": True, "ctx_size": 2048},
             LoadOptions(load_in_8bit=True),
-            "Load in 4-bit and with Double quantization and with Context 2,048 tokens instead",
+            "Load in 4-bit and with double quantization and with context 2,048 tokens instead",
         ),
+        ({"auto_devices": True}, None, "Load with automatic devices instead"),
         ({"cpu_memory": 51.326221880503}, None, "Load with RAM 51.3 GiB instead"),
-        ({"gpu_memory": ()}, LoadOptions(gpu_memory=(4.0,)), "Load with GPU memory what is free instead"),
+        ({"gpu_memory": ()}, LoadOptions(gpu_memory=(4.0,)), "Load with no GPU memory set instead"),
         (
             {"cpu": True, "gpu_memory": (), "auto_devices": False},
             LoadOptions(gpu_memory=(4.0,)),

@@ -132,7 +132,7 @@ class LoadOptions:
         default_help="what is free", effect="max_memory",
     )  # fmt: skip
     auto_devices: bool = option(
-        "flag", False, "Choose GPUs and RAM",
+        "flag", False, "Automatic devices",
         "Let Loadstone choose how much of each GPU and of RAM to take, leaving room for the context: with 4-bit and "
         "8-bit too, layers that the GPUs have no room for lie in RAM, in 16 bit.",
         group="memory", basic=True, applies=_gpu, effect="max_memory",

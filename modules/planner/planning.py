@@ -25,11 +25,12 @@ class Plan:
     """All in bytes. ``weights_bytes`` is what the loaded model's parameters and buffers take together;
     ``peak_bytes`` what all devices but the disk hold at the worst moment; ``missing_bytes`` 0 where it fits.
 
-    ``device_map``: module → "cpu", "disk" or the GPU's number. ``spare_context_tokens``: how much longer a context
-    would fit, on the GPUs alone where it lies so. ``offloaded``: of a model that fits, what lies in RAM or on disk
-    beside the GPUs, and what that costs; "" = nothing. ``exact``: whether the weights are counted on headers, by rules
-    that are proven for the architecture. ``packing``: how weights are packed that the files hold so: "gptq",
-    "unpacked fp8" where they are unpacked while they are loaded. ``path``: the folder or file, "" = not known.
+    ``device_map``: module → "cpu", "disk" or the GPU's number. ``ctx_tokens``: the context that it is for;
+    ``spare_context_tokens``: how much longer one would fit, on the GPUs alone where it lies so. ``offloaded``: of a
+    model that fits, what lies in RAM or on disk beside the GPUs, and what that costs; "" = nothing. ``exact``: whether
+    the weights are counted on headers, by rules that are proven for the architecture. ``packing``: how weights are
+    packed that the files hold so: "gptq", "unpacked fp8" where they are unpacked while they are loaded. ``path``: the
+    folder or file, "" = not known.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     precision: Precision
     suggestions: tuple[Suggestion, ...] = ()
+    ctx_tokens: int = 0
     spare_context_tokens: int = 0
     offloaded: str = ""
     exact: bool = True
@@ -82,19 +84,18 @@ def plan(
     *,
     ctx_tokens: int,
     calibration: Calibration = DEFAULT,
-    freed: Machine | None = None,
     adapters: Adapters = (),
 ) -> Plan:
     """Plan a load. Pure: the same facts give the same plan.
 
-    ``freed``: the machine as it were without the model that is running, for the suggestion to unload it.
     ``adapters``: LoRAs that are applied, as (module, bytes).
     Raises nothing where the model does not fit: the plan says by how much.
     """
     checkpoint = facts if isinstance(facts, Checkpoint) else from_facts(facts)
     question = Question(checkpoint, options, machine, ctx_tokens, calibration, adapters)
     answer = solve(question)
-    away = offload_of(answer, calibration) if answer.fits and answer.offloads else None
+    elsewhere = answer.offloads or DISK in answer.placement.devices
+    away = offload_of(answer, calibration) if answer.fits and elsewhere else None
     return Plan(
         model=checkpoint.name,
         fits=answer.fits,
@@ -105,7 +106,8 @@ def plan(
         device_map=answer.device_map,
         devices=answer.devices,
         precision=answer.precision,
-        suggestions=_suggestions(question, answer, freed),
+        suggestions=_suggestions(question, answer),
+        ctx_tokens=ctx_tokens,
         spare_context_tokens=spare_context(question, answer) if answer.fits else 0,
         offloaded=f"{away.kept}: each token takes {away.longer} longer, or more" if away else "",
         exact=answer.layout.exact,
@@ -116,10 +118,10 @@ def plan(
     )
 
 
-def _suggestions(question: Question, answer: Answer, freed: Machine | None) -> tuple[Suggestion, ...]:
+def _suggestions(question: Question, answer: Answer) -> tuple[Suggestion, ...]:
     """What would make it fit; of what fits with a part beside the GPUs, what would spare it that."""
     if not answer.fits:
-        return suggestions(question, freed)
+        return suggestions(question)
     return on_gpus_alone(question) if answer.offloads else ()
 
 
@@ -151,8 +153,9 @@ def _notes(question: Question, answer: Answer, away: Offload | None) -> list[str
             f"packed only on GPUs of compute capability {major}.{minor} or higher."
         )
     if away:
+        where, brought = ("on a GPU", "brought to it") if answer.rooms.gpus else ("in RAM", "read")
         notes.append(
-            f"Not all of the weights lie on a GPU: {away.kept}. They are brought to it for every token, which takes "
+            f"Not all of the weights lie {where}: {away.kept}. They are {brought} for every token, which takes "
             f"{away.longer} longer, or more."
         )
     if not question.quantizes:

@@ -22,7 +22,8 @@ from modules.precision import unpacks
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be planned. ``ctx_tokens``: the context that the KV cache is for. ``adapters``: (module, bytes)."""
+    """What is to be planned. ``ctx_tokens``: the context that the KV cache is for. ``adapters``: (module, bytes).
+    ``search``: as :func:`place` takes it."""
 
     checkpoint: Checkpoint
     options: LoadOptions
@@ -30,6 +31,7 @@ class Question:
     ctx_tokens: int
     calibration: Calibration
     adapters: Adapters = ()
+    search: bool = True
 
     def but(self, **changes: object) -> Question:
         """The same with other options; ``ctx_size`` counts as the context too."""
@@ -127,11 +129,8 @@ class Answer:
         return sum(1 for block, device in pairs if device == key and block.layer >= 0)
 
 
-def solve(question: Question, *, search: bool = True) -> Answer:
-    """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known.
-
-    ``search``: as :func:`place` takes it.
-    """
+def solve(question: Question) -> Answer:
+    """Place the model. Takes about a millisecond for a model of a hundred layers whose layout is known."""
     checkpoint, options, calibration = question.held, question.options, question.calibration
     layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = question.gpus
@@ -155,7 +154,7 @@ def solve(question: Question, *, search: bool = True) -> Answer:
     offloaded = Precision(precision.dtype) if room.gpus else precision
     kv = [cache.layer_bytes(rank, options, question.ctx_tokens) for rank in range(layout.layers)]
     loads = _loads(layout, precision, offloaded, kv)
-    return Answer(layout, room, precision, offloaded, loads, place(loads, room, search=search))
+    return Answer(layout, room, precision, offloaded, loads, place(loads, room, search=question.search))
 
 
 def _disk_bytes(question: Question) -> int | None:

@@ -42,8 +42,8 @@ class Fit:
         """It fits, with what beside the GPUs, and what more would; or what is missing where."""
         if not self.fits:
             return f"Too large: {format_bytes(self.plan.missing_bytes)} more are needed on {self.plan.missing_on}."
-        spare = self.plan.spare_context_tokens
-        more = f" Up to {spare:,} tokens of context would fit too." if spare else ""
+        longest = self.plan.ctx_tokens + self.plan.spare_context_tokens
+        more = f" A context of up to {longest:,} tokens would fit too." if self.plan.spare_context_tokens else ""
         others = [name for name in self.ends if name != self.plan.model]
         first = f" {' and '.join(others)} {'are' if others[1:] else 'is'} unloaded first." if others else ""
         slow = f", with {self.plan.offloaded}" if self.plan.offloaded else ""

@@ -35,16 +35,18 @@ def _told(fix: Mapping[str, Any], options: LoadOptions | None, *, alone: bool) -
 
 
 def _changed(spec: Spec, value: Any) -> str:
+    label = spec.label if spec.label[:2].isupper() else spec.label[0].lower() + spec.label[1:]
     if spec.kind == "flag":
-        return f"{'with' if value else 'without'} {spec.label}"
-    return f"with {spec.label} {_shown(spec, value)}"
+        return f"{'with' if value else 'without'} {label}"
+    shown = _shown(spec, value)
+    return f"with {label} {shown}" if shown else f"with no {label} set"
 
 
 def _shown(spec: Spec, value: Any) -> str:
-    """A value with its unit; one that is left to the program by what that means."""
+    """A value with its unit; "" for one that is left to the program."""
     shown = widget_value(spec, value)
     if shown is None or shown == "":
-        return spec.default_help
+        return ""
     if spec.unit == "GiB" and isinstance(value, float):
         shown = f"{math.floor(value * 10) / 10:g}"  # what is allowed is never less than what is said
     elif isinstance(value, int | float):
