@@ -75,7 +75,7 @@ def load(order: LoadOrder, kwargs: Kwargs, make: Make, progress: Report) -> Read
     place = place_of(order, kwargs)
     if place is None:
         model, notes = make(kwargs, "")
-        return Read(model, kwargs, notes)
+        return Read(model, kwargs, (*notes, *why_none(order, kwargs)))
     copies.remove_leftovers(place.cache_dir)
     remove_stale(order, place)
     if (found := whole(place, progress)) is not None:
@@ -106,26 +106,40 @@ def _read(order: LoadOrder, kwargs: Kwargs, found: copies.QuantizedCopy, make: M
 
 
 def place_of(order: LoadOrder, kwargs: Mapping[str, Any]) -> Place | None:
-    """Where the copy for this order belongs; None where none is wanted, or none is possible.
-
-    A model with code of its own would need that code beside its copy, and layers that are spread over devices are
-    quantized by where they lie: such models are quantized at each load.
-    """
-    config = kwargs["config"]
-    own_code = order.custom_code_allowed and getattr(config, "auto_map", None)
-    if not order.quantized_cache or not quantization.on_the_fly(order.options) or order.file_format == "gguf":
-        return None
-    device = _only_device(kwargs)
-    if own_code or device is None:
+    """Where the copy for this order belongs; None where none is wanted, or none is possible."""
+    device = _device(kwargs)
+    if not _wanted(order) or _runs_own_code(order, kwargs) or device is None:
         return None
     return Place(Path(order.cache_dir), identity(order, kwargs, device))
 
 
-def _only_device(kwargs: Mapping[str, Any]) -> str | None:
-    """The type of the one device that the whole model goes to; None where there may be several."""
+def why_none(order: LoadOrder, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note for a model that is quantized at each load though copies are wanted."""
+    if not _wanted(order):
+        return ()
+    if _runs_own_code(order, kwargs):
+        return ("The model is quantized at each load: one that runs code of its own is not kept quantized, since that "
+                "code would have to be kept with it.",)  # fmt: skip
+    return ("The model is quantized at each load: what is quantized depends on which layers lie in RAM or on disk "
+            "beside a GPU, so the result is not kept.",)  # fmt: skip
+
+
+def _wanted(order: LoadOrder) -> bool:
+    return order.quantized_cache and quantization.on_the_fly(order.options) and order.file_format != "gguf"
+
+
+def _runs_own_code(order: LoadOrder, kwargs: Mapping[str, Any]) -> bool:
+    return order.custom_code_allowed and bool(getattr(kwargs["config"], "auto_map", None))
+
+
+def _device(kwargs: Mapping[str, Any]) -> str | None:
+    """The type of the devices that the model goes to; None where a part may lie beside the GPUs.
+
+    Several GPUs are as one: each tensor is quantized, written and read by itself, on the GPU where it lies.
+    """
     places = kwargs["device_map"]
     names = {str(place) for place in (kwargs["max_memory"] if places == "auto" else places.values())}
-    if len(names) != 1 or "disk" in names:
+    if "disk" in names or ("cpu" in names and len(names) > 1):
         return None
     return "cpu" if "cpu" in names else "gpu"
 

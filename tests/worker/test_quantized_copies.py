@@ -206,6 +206,8 @@ def test_a_model_with_code_of_its_own_is_quantized_at_each_load(tmp_path: Path) 
     for _ in range(2):
         loaded = load(checkpoints.custom_code(), tmp_path, custom_code_allowed=True, **NF4)
         assert not noted(loaded, "quantized copy")
+        assert noted(loaded, "quantized at each load: one that runs code of its own")
+        assert not loaded.report.from_copy
     assert everything(tmp_path) == []
 
 
@@ -215,18 +217,64 @@ def test_a_model_with_code_of_its_own_is_quantized_at_each_load(tmp_path: Path) 
         ({"device_map": {"": "cpu"}}, "cpu"),
         ({"device_map": {"": 0}}, "gpu"),
         ({"device_map": {"model.layers.0": 1, "lm_head": 1}}, "gpu"),
-        ({"device_map": {"model.layers.0": 0, "lm_head": 1}}, None),
+        ({"device_map": {"model.layers.0": 0, "lm_head": 1}}, "gpu"),
         ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, None),
+        ({"device_map": {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "disk"}}, None),
         ({"device_map": {"": "disk"}}, None),
         ({"device_map": "auto", "max_memory": {0: 1}}, "gpu"),
         ({"device_map": "auto", "max_memory": {0: 1, "cpu": 1}}, None),
-        ({"device_map": "auto", "max_memory": {0: 1, 1: 1}}, None),
+        ({"device_map": "auto", "max_memory": {0: 1, 1: 1}}, "gpu"),
+        ({"device_map": "auto", "max_memory": {0: 1, 1: 1, "cpu": 1}}, None),
     ],
 )
-def test_only_a_model_on_one_device_has_a_copy(where: dict[str, Any], expected: str | None) -> None:
+def test_a_model_on_one_kind_of_device_has_a_copy_and_another_a_note(
+    where: dict[str, Any], expected: str | None
+) -> None:
     order, kwargs = asked(Path("w"))
     place = quantized_copies.place_of(order, {**kwargs, **where})
     assert (place.identity["recipe"]["device"] if place else None) == expected
+    if place is None:
+        made = quantized_copies.load(order, {**kwargs, **where}, lambda *_: (None, ("checked",)), lambda _: None)
+        assert made.notes[0] == "checked"
+        assert "quantized at each load: what is quantized depends on which layers lie in RAM" in made.notes[1]
+        assert not made.from_copy
+
+
+def test_gpus_share_a_copy_however_the_layers_lie_on_them() -> None:
+    order, kwargs = asked(Path("w"))
+    maps = ({"": 0}, {"": 1}, {"model": 0, "lm_head": 1}, {"model": 1, "lm_head": 0})
+    places = [quantized_copies.place_of(order, {**kwargs, "device_map": each}) for each in maps]
+    assert len({place.folder for place in places if place}) == 1
+    assert all(places)
+
+
+def test_a_copy_is_read_by_a_map_of_several_entries_as_by_one(tmp_path: Path) -> None:
+    """The names in a map are those of modules, and a copy's tensors have longer ones."""
+    layers = {f"model.layers.{number}": "cpu" for number in range(checkpoints.llama_config().num_hidden_layers)}
+    by_layers = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "model.rotary_emb": "cpu",
+                 "lm_head": "cpu"}  # fmt: skip
+    first = seen(checkpoints.llama(), tmp_path, device_map=by_layers, **NF4)
+    second, third = (seen(checkpoints.llama(), tmp_path, device_map=each, **NF4) for each in (by_layers, {"": "cpu"}))
+    assert [one.report.from_copy for one in (first, second, third)] == [False, True, True]
+    assert_equal(first, second)
+    assert_equal(first, third)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_a_copy_made_on_two_gpus_is_read_there_and_on_one(
+    demo_model: Path, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    layers = {f"model.layers.{number}": "0" if number < 15 else "1" for number in range(30)}
+    spread = {"model.embed_tokens": "0", "lm_head": "0", **layers, "model.norm": "1", "model.rotary_emb": "0"}
+    made, there = (seen(demo_model, tmp_path, cpu=False, device_map=spread, **recipe) for _ in range(2))
+    alone = seen(demo_model, tmp_path, cpu=False, device_map={"": "1"}, **recipe)
+    assert [one.report.from_copy for one in (made, there, alone)] == [False, True, True]
+    assert_equal(made, there)
+    assert made.tensors.keys() == alone.tensors.keys()
+    assert all(torch.equal(value.cpu(), alone.tensors[name].cpu()) for name, value in made.tensors.items())
+    assert made.tokens == alone.tokens
 
 
 def just_quantized(tmp_path: Path) -> tuple[LoadedModel, quantized_copies.Place]:
