@@ -135,6 +135,19 @@ def test_with_little_time_what_changed_comes_first(tmp_path: Path, monkeypatch: 
     assert compared == ["m3", "m0", "m1", "m2", "m4", "m3"]
 
 
+def test_a_badge_follows_the_memory_and_the_bounds(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "demo").symlink_to(demo_model, target_is_directory=True)
+    badges = Badges(Library([tmp_path]))
+    full = replace(ROOMY, ram_free_bytes=100 * 2**20)
+    assert badges.all(full, budget_s=30) == {"demo": "too large"}
+    assert badges.all(ROOMY, budget_s=-1) == {"demo": "too large"}  # no time yet; the old word is better than none
+    assert badges.all(ROOMY, budget_s=30) == {"demo": "fits"}
+    assert badges.all(ROOMY, LoadOptions(batch_tokens=4_000_000), budget_s=30) == {"demo": "too large"}
+    with_gpu = replace(full, ram_free_bytes=2 * 2**30, gpus=(gpu(20 * 2**30),))
+    assert badges.all(with_gpu, budget_s=30) == {"demo": "fits"}
+    assert badges.all(with_gpu, LoadOptions(gpu_memory=(1.006,)), budget_s=30) == {"demo": "fits in 4-bit"}
+
+
 class Surprised(Library):
     """Meets in one model what nobody has thought of."""
 

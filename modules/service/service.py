@@ -90,7 +90,8 @@ class Service(Answering):
 
     def badges(self) -> dict[str, str]:
         """Model name → whether it would fit this machine if nothing else were loaded: ``fits in 4-bit``."""
-        return self._badges.all(without(self.measure(), *self.fleet.loaded()))
+        usual, _ = self.base("")
+        return self._badges.all(without(self.measure(), *self.fleet.loaded()), usual.options)
 
     def find(self, name: str, source: Source = "page") -> Model:
         """The model of that name; a path is taken from the command line only. Raises ModelNotFound."""
