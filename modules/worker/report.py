@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from modules.options import LoadOptions, stretched_context
 from modules.protocol import LoadOrder, LoadReport
 
+_NOWHERE = "meta"  # what no entry of a device map covers
+
 
 def make_report(
     model: Any,
@@ -90,10 +92,25 @@ def _scales(parameter: Any) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
+def misplaced(model: Any, places: Mapping[str, str]) -> list[str]:
+    """The parameters that do not lie where a device map, module → "cpu", "disk" or the GPU's number, puts them.
+
+    What is kept on disk, or in RAM beside a GPU, is on torch's meta device until it is computed.
+    """
+    on_gpus = any(place.isdigit() for place in places.values())
+    wrong = []
+    for name, parameter in model.named_parameters():
+        place, there = _place(name, places), str(parameter.device)
+        kept = place == "disk" or (place == "cpu" and on_gpus)
+        if place != _NOWHERE and there != place and not (kept and parameter.is_meta):
+            wrong.append(name)
+    return wrong
+
+
 def _place(name: str, places: Mapping[str, str]) -> str:
     """The device of the longest entry of the device map that ``name`` lies under."""
     fitting = [key for key in places if not key or name == key or name.startswith(key + ".")]
-    place = places[max(fitting, key=len)] if fitting else "meta"
+    place = places[max(fitting, key=len)] if fitting else _NOWHERE
     return f"cuda:{place}" if place.isdigit() else place
 
 

@@ -22,6 +22,10 @@ def verify(model: Any, order: LoadOrder, device: DeviceFacts, kwargs: Mapping[st
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places and not options.disk:
         raise OutOfMemory(f"{order.name} fits into the allowed memory only with layers on disk.", fix={"disk": True})
+    if order.device_map and (wrong := report.misplaced(model, order.device_map)):
+        raise WrongResult(
+            f"{len(wrong)} of the weights of {order.name} do not lie where the plan has them: {wrong[0]}, for one."
+        )
     quantized = bool(order.quantization) and order.file_format != "gguf"
     wanted = str(kwargs["dtype"]).removeprefix("torch.")
     if not quantized and wanted not in (there := report.dtypes(model)):  # some modules may stay float32 by design

@@ -16,11 +16,20 @@ import torch
 
 from modules import packages
 from modules.checkpoint import code_hashes
-from modules.errors import BrokenCheckpoint, CustomCodeRefused, MissingPackage, NotAModel, OptionError, OutOfMemory
+from modules.errors import (
+    BrokenCheckpoint,
+    CustomCodeRefused,
+    MissingPackage,
+    NotAModel,
+    OptionError,
+    OutOfMemory,
+    WrongResult,
+)
 from modules.protocol import Progress
-from modules.worker import transformers_loader
+from modules.worker import report, transformers_loader
 from modules.worker.placement import GIB, DeviceFacts
 from modules.worker.transformers_loader import LoadedModel, ModelFacts, load_kwargs
+from modules.worker.verification import verify
 from tests import checkpoints
 from tests.conftest import ROOT
 
@@ -178,6 +187,21 @@ def test_layers_on_disk_answer_like_the_unsplit_model(demo_model: Path, tmp_path
     assert greedy(split) == greedy(plain)
 
 
+def test_a_layer_that_lies_elsewhere_than_planned_is_an_error(tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    split = load(checkpoints.llama(), tmp_path, disk=True, device_map=places)
+    assert report.misplaced(split.model, places) == []
+    split.model.model.norm.to("meta")
+    assert report.misplaced(split.model, places) == ["model.norm.weight"]
+    moved = dataclasses.replace(split.order, device_map={**places, "model.norm": "disk", "model.layers.0": "disk"})
+    facts = transformers_loader.device_facts(moved)
+    with pytest.raises(
+        WrongResult, match=r"^9 of the weights .* where the plan has them: model\.layers\.0\."
+    ):
+        verify(split.model, moved, facts, {"dtype": "torch.float32"})
+
+
 def test_layers_of_a_bin_file_go_to_a_folder_of_this_load(tmp_path: Path) -> None:
     whole = load(checkpoints.pytorch(), tmp_path, file_format="pytorch")
     split = load(checkpoints.pytorch(), tmp_path, file_format="pytorch", disk=True, cpu_memory=0.0012)
@@ -306,7 +330,8 @@ def test_generating_prints_no_warning(tmp_path: Path) -> None:
     """Every token a line of warnings would bury the log; run apart, because warnings are said once a process."""
     code = f"""
 from pathlib import Path
-from modules.worker import transformers_loader
+from modules.worker import report, transformers_loader
+from modules.worker.verification import verify
 from tests import checkpoints
 import sys
 for path, options in ((checkpoints.gpt2(), {{}}), (checkpoints.llama(), {{"load_in_8bit": True}})):
