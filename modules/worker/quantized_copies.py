@@ -139,7 +139,7 @@ def _device(kwargs: Mapping[str, Any]) -> str | None:
     """
     places = kwargs["device_map"]
     names = {str(place) for place in (kwargs["max_memory"] if places == "auto" else places.values())}
-    if "disk" in names or ("cpu" in names and len(names) > 1):
+    if not names or "disk" in names or ("cpu" in names and len(names) > 1):
         return None
     return "cpu" if "cpu" in names else "gpu"
 

@@ -225,6 +225,7 @@ def test_a_model_with_code_of_its_own_is_quantized_at_each_load(tmp_path: Path) 
         ({"device_map": "auto", "max_memory": {0: 1, "cpu": 1}}, None),
         ({"device_map": "auto", "max_memory": {0: 1, 1: 1}}, "gpu"),
         ({"device_map": "auto", "max_memory": {0: 1, 1: 1, "cpu": 1}}, None),
+        ({"device_map": "auto", "max_memory": {}}, None),
     ],
 )
 def test_a_model_on_one_kind_of_device_has_a_copy_and_another_a_note(
