@@ -24,6 +24,11 @@ def unpacks(quantization: str, *, gpus: int, capability: tuple[int, int]) -> boo
     return quantization in PACKED_FROM and (not gpus or capability < PACKED_FROM[quantization])
 
 
+def computes_bf16(capability: tuple[int, int]) -> bool:
+    """Whether GPUs compute in bfloat16, of which this is the least compute capability; (0, 0): not known."""
+    return capability >= (8, 0) or capability == (0, 0)
+
+
 def weights_dtype(
     options: LoadOptions, *, stored: str, prequantized: bool, gpus: int, gpu_bf16: bool = True,
     cpu_bf16: bool = True, unpacked: bool = False,

@@ -311,6 +311,17 @@ def test_what_the_user_set_is_given_up_first_where_it_is_what_takes_the_memory(l
     assert any("GPU 0 too" in way.text and way.options == {"gpu_memory": ()} for way in refused.suggestions)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((0, 0), "bfloat16")])
+def test_gpus_without_bfloat16_are_planned_as_they_load(capability: tuple[int, int], dtype: str) -> None:
+    """What T5 keeps in float32 beside float16, it does not beside bfloat16."""
+    checkpoint = replace(read_checkpoint(planner_checkpoints.checkpoint("t5")), stored_dtype="bfloat16")
+    gpu = Gpu(0, "simulated", "0", 24 * GIB, 24 * GIB, (), capability)
+    planned = plan(checkpoint, LoadOptions(), replace(machine(), gpus=(gpu,)), ctx_tokens=64)
+    assert planned.precision.dtype == dtype
+    kept = planned.weights_bytes - plan(checkpoint, LoadOptions(), machine(24), ctx_tokens=64).weights_bytes
+    assert (kept > 0) == (dtype == "float16")
+
+
 def test_the_cpu_takes_in_4_bit_what_it_cannot_take_whole(llama_70b: Checkpoint) -> None:
     refused = plan(llama_70b, LoadOptions(), machine(24, ram=64), ctx_tokens=8192)
     assert "in 4-bit" in refused.suggestions[0].text

@@ -70,11 +70,13 @@ class Classes:
         return Classes(*(sum(getattr(item, field.name) for item in held) for field in fields(Classes)))
 
 
-def precision_for(checkpoint: Checkpoint, options: LoadOptions, gpus: int, cpu_bf16: bool = True) -> Precision:
+def precision_for(
+    checkpoint: Checkpoint, options: LoadOptions, gpus: int, cpu_bf16: bool = True, gpu_bf16: bool = True
+) -> Precision:
     """How the loader will hold the weights, where ``gpus`` GPUs may be touched."""
     dtype, _ = weights_dtype(
         options, stored=checkpoint.stored_dtype, prequantized=checkpoint.prequantized, gpus=gpus, cpu_bf16=cpu_bf16,
-        unpacked=checkpoint.unpacked,
+        gpu_bf16=gpu_bf16, unpacked=checkpoint.unpacked,
     )  # fmt: skip
     if checkpoint.quantization or not (options.load_in_4bit or options.load_in_8bit):
         return Precision(dtype)

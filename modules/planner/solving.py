@@ -17,7 +17,7 @@ from modules.planner.layout import Block, Layout, layout_of
 from modules.planner.memory import Calibration, cache_growth_bytes, kv_cache, working_bytes
 from modules.planner.placement import Load, Placement, place, usage
 from modules.planner.unpacking import unpacked
-from modules.precision import unpacks
+from modules.precision import computes_bf16, unpacks
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class Question:
         """How many the options let the model touch."""
         return len(gpu_caps(self.machine, self.options))
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The least compute capability of the machine's GPUs, as the loader asks for it; (0, 0): not known."""
+        return min((gpu.capability for gpu in self.machine.gpus), default=(0, 0))
+
     @cached_property
     def held(self) -> Checkpoint:
         """The checkpoint as the devices can hold it: packed weights that they cannot multiply are unpacked."""
-        capability = min((gpu.capability for gpu in self.machine.gpus), default=(0, 0))
-        packed = not unpacks(self.checkpoint.quantization, gpus=self.gpus, capability=capability)
+        packed = not unpacks(self.checkpoint.quantization, gpus=self.gpus, capability=self.capability)
         return self.checkpoint if packed else unpacked(self.checkpoint)
 
     @property
@@ -134,7 +138,8 @@ def solve(question: Question) -> Answer:
     checkpoint, options, calibration = question.held, question.options, question.calibration
     layout = with_adapters(layout_of(checkpoint), question.adapters)
     gpus = question.gpus
-    precision = precision_for(checkpoint, options, gpus, question.machine.cpu_bf16)
+    bf16 = computes_bf16(question.capability)
+    precision = precision_for(checkpoint, options, gpus, question.machine.cpu_bf16, bf16)
     working = working_bytes(layout, precision, calibration, question.ctx_tokens, options)
     cache = kv_cache(layout, checkpoint.task, precision)
     if not gpus:

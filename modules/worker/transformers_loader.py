@@ -262,8 +262,8 @@ def device_facts(order: LoadOrder) -> DeviceFacts:
     gpus = range(torch.cuda.device_count())
     told = order.device_map or order.options.gpu_memory
     free = tuple(0 if told else int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus)
-    gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     capability = min(torch.cuda.get_device_capability(gpu) for gpu in gpus)
+    gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) and precision.computes_bf16(capability)
     return DeviceFacts(free, gpu_bf16, cpu_bf16(), ram, capability)
 
 
