@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,23 @@ def test_answers_beyond_the_window_are_those_of_generate(kind: str, window: int,
     expected = by_transformers(desk, orders())
     assert texts(told) == expected
     assert len(set(expected)) == len(expected)
+
+
+def test_one_with_layers_on_disk_answers_many_at_once_too(tmp_path: Path) -> None:
+    """The first of its weights, whose device counts as the model's, is nowhere then."""
+    path = windowed("gemma3-vision", 16)
+    options: dict[str, Any] = {"disk": True, "max_batch": 4, "batch_tokens": 1024, "ctx_tokens": 256}
+    text = "model.language_model"
+    places = {f"{text}.layers.{n}": "disk" if n < 2 else "cpu" for n in range(4)}
+    places |= dict.fromkeys((f"{text}.embed_tokens", f"{text}.norm", f"{text}.rotary_emb", "lm_head"), "cpu")
+    places |= {"model.vision_tower": "disk", "model.multi_modal_projector": "disk"}
+    desk = Desk(path, tmp_path, device_map=places, **options)
+    assert set(desk.loaded.report.device_map.values()) == {"cpu", "disk"}
+    assert desk.scheduler.obstacle == ""
+    asked = [order(number, 30) for number in range(3)]
+    told = desk.together(asked)
+    assert desk.steps < 50
+    assert texts(told) == by_transformers(desk, asked)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "mistral"])

@@ -196,9 +196,7 @@ def test_a_layer_that_lies_elsewhere_than_planned_is_an_error(tmp_path: Path) ->
     assert report.misplaced(split.model, places) == ["model.norm.weight"]
     moved = dataclasses.replace(split.order, device_map={**places, "model.norm": "disk", "model.layers.0": "disk"})
     facts = transformers_loader.device_facts(moved)
-    with pytest.raises(
-        WrongResult, match=r"^9 of the weights .* where the plan has them: model\.layers\.0\."
-    ):
+    with pytest.raises(WrongResult, match=r"^9 of the weights .* where the plan has them: model\.layers\.0\."):
         verify(split.model, moved, facts, {"dtype": "torch.float32"})
 
 

@@ -64,18 +64,19 @@ def _prepares_more(model: Any) -> bool:
 
 def _prepares_as_given(model: Any, *, first: bool) -> bool:
     """Whether generate() would give the model just what a step gives it, with a prompt or with a further token."""
-    ids, cache = torch.zeros(1, 3, dtype=torch.long, device=model.device), DynamicCache(config=model.config)
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(3, device=model.device)[None]}
+    ids = torch.zeros(1, 3, dtype=torch.long)  # in RAM: nothing is computed
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(3)[None]}
+    cache = DynamicCache(config=model.config)
     try:
         made = model.prepare_inputs_for_generation(
             ids, past_key_values=cache, use_cache=True, is_first_iteration=first, **given
         )
+        kept = {"input_ids": ids, **given}
+        rest = {name for name, value in made.items() if value is not None} - kept.keys() - _SAME_PREDICTION
+        same = all(torch.equal(value, made[name]) for name, value in kept.items() if made.get(name) is not None)
     except Exception:
         log.exception("how this model prepares its inputs cannot be told")
         return False
-    kept = {"input_ids": ids, **given}
-    rest = {name for name, value in made.items() if value is not None} - kept.keys() - _SAME_PREDICTION
-    same = all(torch.equal(value, made[name]) for name, value in kept.items() if made.get(name) is not None)
     return rest == {"past_key_values"} and made["past_key_values"] is cache and same
 
 
