@@ -76,6 +76,17 @@ def test_a_failed_load_brings_back_what_made_room(two: Ships) -> None:
     assert two.fleet.front.snapshot().state is State.FAILED
 
 
+def test_a_failed_load_brings_back_all_that_made_room() -> None:
+    with fleets(most=3) as ships:
+        for name in ("first", "second", "third"):
+            ships.load(name)
+        ships.load("fail fourth", beside=False, ends=("first", "second", "third"))
+        ships.until_names("first", "second", "third")
+        assert ships.fleet.front.snapshot().state is State.FAILED  # the page says what failed
+        ships.load("fourth", beside=False, ends=("first", "second"))
+        ships.until_names("third", "fourth")
+
+
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("before", ["", "first"])
 def test_a_second_load_is_refused_while_one_is_under_way(most: int, before: str) -> None:

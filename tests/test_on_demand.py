@@ -70,6 +70,15 @@ def test_all_who_wait_get_the_model_after_one_load() -> None:
         assert demand.ask("steps=10 wanted").done()  # at once: it is there
 
 
+def test_a_failed_load_on_demand_brings_back_all_that_made_room() -> None:
+    with fleets(most=3) as ships:
+        for name in ("first", "second"):
+            ships.load(name)
+        demand = OnDemand(ships.fleet, Loads(ends=("first", "second")))
+        assert demand.ask("fail wanted").exception(LIMIT_S) is not None
+        ships.until_names("first", "second")
+
+
 def test_all_who_wait_are_told_why_the_load_failed() -> None:
     with fleets() as ships:
         demand = OnDemand(ships.fleet, Loads())

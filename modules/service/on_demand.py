@@ -207,10 +207,12 @@ class OnDemand:
         load = self._prepare(name)  # again: what is free has changed while answers came to their end
         if not set(load.ends) <= {slot.name for slot in slots}:
             return False
-        self._fleet.end(others)
+        ended = self._fleet.end(others)
         place.supervisor.load(load.order, beside=load.beside)
         snapshot = place.supervisor.wait_loaded(_WORK_S)
         if snapshot.loaded is None or snapshot.loaded.order.name != name or snapshot.state is not State.READY:
+            self._fleet.open_again(slots)
+            self._fleet.bring_back_soon(ended)
             raise snapshot.error or Cancelled(f"{name} was not loaded: the load was ended.")
         with self._fleet.changed:
             self._fleet.open_again(slots)

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 from modules.errors import Busy, Cancelled, LoadstoneError, ModelNotFound, NothingLoaded, WorkerTimeout
 from modules.protocol import LoadOrder, Memory
@@ -18,6 +19,7 @@ from modules.supervisor.state import LOAD_STATES, Loaded, Snapshot, State
 from modules.supervisor.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 _LOOK_S = 1.0  # between looks at what has idled for too long
 _ENDING_S = 3.0  # a person's load waits so long for what is just ending
 
@@ -53,6 +55,10 @@ class Use:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _in_background(work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    threading.Thread(target=work, args=args, kwargs=kwargs, daemon=True, name="bring-back").start()
 
 
 class Fleet:
@@ -171,10 +177,12 @@ class Fleet:
             for one in (slot, *others):
                 one.closing = True
         try:
-            self.end(others)
+            ended = self.end(others)
             slot.supervisor.load(order, beside=beside)
             with self.changed:
                 self._front = slot
+            if ended:
+                _in_background(self._undo, slot, order, ended)
             return slot.supervisor
         finally:
             self.open_again((slot, *others))
@@ -240,7 +248,7 @@ class Fleet:
     def choose(self, name: str, ends: Sequence[str], *, by_hand: bool) -> tuple[Slot, tuple[Slot, ...]]:
         """Where ``name`` is to be loaded, and which others have to end before. Called with the lock held.
 
-        The last one of ``ends`` is replaced: it comes back if the load fails.
+        The last one of ``ends`` is replaced: its supervisor brings it back if the load fails.
         """
         ending = [slot for one in ends if (slot := self._find(one)) is not None and one != name]
         same = self._find(name)
@@ -264,10 +272,39 @@ class Fleet:
         self._slots.append(Slot(self._another()))
         return self._slots[-1]
 
-    def end(self, slots: Sequence[Slot]) -> None:
-        """Unload these; returns when they are gone. Raises WorkerTimeout."""
+    def end(self, slots: Sequence[Slot]) -> tuple[LoadOrder, ...]:
+        """Unload these; what they held, when they are gone. Raises WorkerTimeout."""
+        ended = []
         for slot in slots:
+            loaded = slot.loaded()
             slot.unload()
+            ended += [loaded.order] if loaded else []
+        return tuple(ended)
+
+    def _undo(self, slot: Slot, order: LoadOrder, ended: Sequence[LoadOrder]) -> None:
+        """Wait for a load; if it fails, bring back what ended for it beside the one that it replaced."""
+        snapshot = slot.supervisor.wait_loaded()
+        if snapshot.state in (State.FAILED, State.CANCELLED) and snapshot.order is order:
+            self._bring_back(ended)
+
+    def bring_back_soon(self, orders: Sequence[LoadOrder]) -> None:
+        """Load what had to end again, one after another, while nothing else has taken its place. Returns at once."""
+        if orders:
+            _in_background(self._bring_back, orders)
+
+    def _bring_back(self, orders: Sequence[LoadOrder]) -> None:
+        for order in orders:
+            with self.changed:
+                busy = any(slot.busy or slot.closing for slot in self._slots)
+                if self.closed or busy or self._find(order.name) or self.full(order.name):
+                    log.warning("%s had to end, and has no place any more", order.name)
+                    return
+                slot = self._empty()
+            try:
+                slot.supervisor.load(order, beside=True)
+                slot.supervisor.wait_loaded()
+            except LoadstoneError as error:
+                log.error("%s had to end, and does not come back: %s", order.name, error)
 
     def open_again(self, slots: Sequence[Slot]) -> None:
         """They may be used, where they still answer."""
