@@ -57,6 +57,7 @@ def print_plan(service: Service, *, as_json: bool) -> int:
         sizes = (device.weights_bytes, device.kv_cache_bytes, device.working_bytes, device.fixed_bytes,
                  device.total_bytes, device.cap_bytes)  # fmt: skip
         print(f"{device.name:8} " + " ".join(f"{format_bytes(size):>10}" for size in sizes))
+    print(f"{'at most':8} {plan.peak}")
     for note in (*view.notes, *plan.notes):
         print(f"note: {note}")
     for suggestion in plan.suggestions:

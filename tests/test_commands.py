@@ -72,6 +72,15 @@ def test_a_plan_for_a_model_named_by_its_path(tmp_path: Path, demo_model: Path) 
     assert json.loads(done.stdout)["model"] == demo_model.name
 
 
+def test_a_plan_says_the_most_that_is_held_and_when(tmp_path: Path, demo_model: Path) -> None:
+    done = run(tmp_path, "--model", str(demo_model), "--plan", "--ctx-size", "256", "--load-in-4bit")
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("at most")]
+    assert line.endswith(" while it is loaded")
+    full = run(tmp_path, "--model", str(demo_model), "--plan", "--batch-tokens", "131072")
+    assert " with a full context" in full.stdout
+
+
 def test_a_prompt_tells_on_stderr_what_had_no_effect(tmp_path: Path, demo_model: Path) -> None:
     done = run(tmp_path, "--model", str(demo_model), "--bf16", "--disable_exllama", "--temperature", "0",
                "--max-new-tokens", "12", "--prompt", "What is the capital of France?")  # fmt: skip

@@ -53,6 +53,13 @@ class Plan:
     path: str = ""
 
     @property
+    def peak(self) -> str:
+        """The most that all devices but the disk hold together, in words."""
+        in_use = sum(device.total_bytes for device in self.devices if device.key != DISK)
+        when = "while it is loaded" if self.peak_bytes > in_use else "with a full context"
+        return f"{format_bytes(self.peak_bytes)} {when}"
+
+    @property
     def away_bytes(self) -> int:
         """Weights that are brought from RAM or disk to where they are computed, for every token."""
         computing = {device.key for device in self.devices if device.key.isdigit()} or {CPU}

@@ -258,6 +258,7 @@ def _plan_table(fit: Fit) -> str:
             if (size := getattr(device.classes, field.name))
         )
         rows.append((device.name, f"{device.total_bytes:,} bytes of {device.cap_bytes:,} allowed. Weights: {classes}"))
+    rows.append(("At most", fit.plan.peak))
     layers = len(fit.plan.device_map)
     if layers > 1:
         rows.append(("Layers", f"{layers} modules placed one by one"))
