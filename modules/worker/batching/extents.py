@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from modules.options import LoadOptions, kept_tokens
@@ -29,11 +31,22 @@ class Extents:
 
     def slots(self, tokens: int) -> int:
         """How many slots a sequence of so many tokens takes: the tokens themselves where all layers keep all."""
-        if not any(self.windows):
+        if not any(self._kinds):
             return tokens
-        kept = sum(count * self.size(layer, tokens) for layer, count in enumerate(self.numbers))
-        planned = sum(count * most for count, most in zip(self.numbers, self.planned, strict=True))
-        return -(-kept * self.room // planned)
+        kept = sum(count * (min(tokens, window) if window else tokens) for window, count in self._kinds.items())
+        return -(-kept * self.room // self._planned_numbers)
+
+    @cached_property
+    def _kinds(self) -> Mapping[int, int]:
+        """Window → numbers of one token in all layers that have it."""
+        kinds: Counter[int] = Counter()
+        for window, count in zip(self.windows, self.numbers, strict=True):
+            kinds[window] += count
+        return kinds
+
+    @cached_property
+    def _planned_numbers(self) -> int:
+        return sum(count * most for count, most in zip(self.numbers, self.planned, strict=True))
 
     def counting(self, numbers: Iterable[int]) -> Extents:
         """With what one token takes in each layer, as its tensors say."""
