@@ -209,12 +209,13 @@ class DecodeOrder:
 @dataclass(frozen=True)
 class Memory:
     """What the worker holds, and at most held. ``gpu_…`` by GPU in the order that the machine lists them: what
-    torch has reserved, without the context of 0.3 to 0.5 GiB."""
+    torch has reserved, without the context of 0.3 to 0.5 GiB. ``pid``: the worker's; 0: not told."""
 
     rss_bytes: int
     peak_rss_bytes: int
     gpu_bytes: tuple[int, ...] = ()
     gpu_peak_bytes: tuple[int, ...] = ()
+    pid: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from modules import devices
 from modules.measurements import Measurements
 from modules.planner import DEFAULT
 from modules.planner.learning import device_of
+from modules.protocol import Expected, LoadReport, Memory
 from modules.service import Service
 from modules.service.learned import FILE, Learned
+from modules.supervisor import Loaded
 from modules.ui import cards
 from tests import checkpoints
 from tests.conftest import wait_until
 from tests.services import MACHINE, learning_service, measured_load, measured_loads
+from tests.supervised import order
 
 VALUES = {"bf16": True, "ctx_size": 1024}
 
@@ -47,6 +51,33 @@ def test_one_models_load_makes_the_plan_of_another_right(service: Service) -> No
     assert fit is not None
     assert fit.last == (other,)
     assert "Last time, demo took" in cards.fit_card(service.view("demo", VALUES), MACHINE)
+
+
+GPU = devices.Gpu(0, "simulated", "0", 24 * 2**30, 20 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("holders", "beside"),
+    [
+        ((devices.Holder(7, "python", 3300 * 2**20), devices.Holder(8, "game", 2**30)), 300 * 2**20),
+        ((), DEFAULT.gpu_fixed_bytes),  # the driver says nothing of processes, as under Windows
+        ((devices.Holder(7, "python", 0),), DEFAULT.gpu_fixed_bytes),  # or nothing of their memory
+        ((devices.Holder(70, "", 3300 * 2**20),), DEFAULT.gpu_fixed_bytes),  # or numbers them otherwise: a container
+        ((devices.Holder(7, "python", 2000 * 2**20),), DEFAULT.gpu_fixed_bytes),  # or less than torch itself
+    ],
+    ids=str,
+)
+def test_what_a_gpu_holds_beside_torchs_memory_is_the_drivers_word(
+    holders: tuple[devices.Holder, ...], beside: int, tmp_path: Path
+) -> None:
+    machine = replace(MACHINE, gpus=(replace(GPU, holders=holders),))
+    wanted = replace(order("model"), expected=(Expected("bfloat16 on GPU: GPU", 2**30, 2**30, 0, 0),))
+    report = LoadReport("Llama", 0, 0, {}, "bfloat16", {}, {}, 2048, "", True, True, "sdpa", {}, 1.0)
+    held = Memory(2**30, 2**30, gpu_bytes=(3000 * 2**20,), gpu_peak_bytes=(3500 * 2**20,), pid=7)
+    learned = Learned(tmp_path)
+    learned.note(Loaded(wanted, report, 0.0, held, None, None), held, 2048, machine)
+    [noted] = Measurements(tmp_path / FILE).all()
+    assert noted.measured_bytes == 3500 * 2**20 + beside
 
 
 def kinds(service: Service, values: dict[str, Any]) -> tuple[str, str]:

@@ -54,8 +54,12 @@ def attention(text: Config) -> tuple[int, int, int]:
 
 
 def layer(text: Config, index: int) -> Config:
-    """The configuration of one layer: ``text``, with what ``per_layer_config`` says of the layer alone."""
-    own = _object(_object(text, "per_layer_config"), str(index))
+    """The configuration of one layer: ``text``, with what ``per_layer_config`` says of the layer alone.
+
+    transformers writes the numbers of layers there with as many digits as the largest has: "05".
+    """
+    layers = _object(text, "per_layer_config")
+    own = next((found for digits in range(1, 5) if (found := _object(layers, f"{index:0{digits}}"))), {})
     return {**text, **own} if own else text
 
 

@@ -43,7 +43,7 @@ class Learned:
         """
         order = loaded.order
         for one in order.expected:
-            measured = _measured(one, memory)
+            measured = _measured(one, memory, machine)
             kind = filed(one.kind, from_copy=loaded.report.from_copy)
             earlier = self._of(order.name, kind, machine)
             this_load = earlier is not None and earlier.time >= loaded.since
@@ -76,8 +76,14 @@ def fingerprint(machine: Machine) -> str:
     return " · ".join([*machine.gpu_names, f"{machine.ram_total_bytes / 2**30:.0f} GiB"])
 
 
-def _measured(one: Expected, memory: Memory) -> int:
+def _measured(one: Expected, memory: Memory, machine: Machine) -> int:
+    """The most that the worker has held; on GPUs with what it holds there beside torch's memory, as the driver says."""
     if device_of(one.kind) == "RAM":
         return memory.peak_rss_bytes
-    reserved = sum(memory.gpu_peak_bytes)
-    return reserved + sum(1 for size in memory.gpu_peak_bytes if size) * DEFAULT.gpu_fixed_bytes if reserved else 0
+    used = sum(1 for size in memory.gpu_peak_bytes if size)
+    if not used:
+        return 0
+    holders = [holder for gpu in machine.gpus for holder in gpu.holders if memory.pid and holder.pid == memory.pid]
+    beside = sum(holder.held_bytes for holder in holders) - sum(memory.gpu_bytes)
+    told = beside > 0 and len(holders) >= used and all(holder.held_bytes for holder in holders)
+    return sum(memory.gpu_peak_bytes) + (beside if told else used * DEFAULT.gpu_fixed_bytes)

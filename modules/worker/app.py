@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import sys
 import threading
 import time
@@ -204,7 +205,8 @@ class Worker:
     def memory(self) -> Memory:
         """What the process holds now, GPUs included once a model is loaded."""
         rss_bytes, peak_rss_bytes = memory_of_this_process()
-        return Memory(rss_bytes, peak_rss_bytes, *(_gpu_bytes() if self._loaded else ()))
+        gpu_bytes, gpu_peak_bytes = _gpu_bytes() if self._loaded else ((), ())
+        return Memory(rss_bytes, peak_rss_bytes, gpu_bytes, gpu_peak_bytes, os.getpid())
 
 
 def _adapters(loaded: Loaded) -> Adapters:
