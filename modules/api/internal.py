@@ -86,6 +86,11 @@ def _add_loading(routes: APIRouter, service: Service) -> None:
         service.unload(body.model_name if body else "")
         return describe(service.snapshot())
 
+    @routes.post("/v1/internal/model/cancel")
+    def cancel() -> dict[str, Any]:
+        service.cancel()
+        return describe(service.snapshot())
+
     @routes.post("/v1/internal/model/plan")
     def plan(body: PlanBody) -> dict[str, Any]:
         view = service.view(body.model_name, body.args, source="api")

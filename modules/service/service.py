@@ -320,7 +320,7 @@ class Service(Answering):
             self.load(order.name, {**vars(order.options), "lora": entries_of(order.adapters)})
 
     def cancel(self) -> None:
-        self.supervisor.cancel()
+        self.fleet.cancel()
 
     def close(self) -> None:
         """End what runs: a training, downloads and every model's process."""

@@ -203,6 +203,13 @@ class Fleet:
                 what = f"loading {loading.name}" if loading else "ending a model"
                 raise Busy(f"Loading {name} has to wait: Loadstone is {what}.")
 
+    def cancel(self) -> None:
+        """Stop the load under way, whose ever it is; what answered before answers on, or comes back."""
+        with self.changed:
+            loading = [slot.supervisor for slot in self._slots if slot.supervisor.snapshot().state in LOAD_STATES]
+        for supervisor in loading:
+            supervisor.cancel()
+
     def unload(self, name: str = "") -> None:
         """End that model, or the front one and its load. Raises ModelNotFound where it is not loaded."""
         with self.changed:

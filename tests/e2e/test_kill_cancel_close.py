@@ -68,6 +68,20 @@ def test_cancel_while_loading(launch: Callable[..., Server], open_page: Callable
     expect(page.locator("#load")).to_be_enabled()
 
 
+def test_a_program_cancels_a_load_and_keeps_what_was_there(launch: Callable[..., Server]) -> None:
+    server = launch("--no-warm-worker")
+    assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
+    server.load(NAME, wait=False, ctx_size=1024)
+    wait_for(lambda: server.info()["state"] == "loading", "a load under way", 60)
+    assert server.call("/v1/internal/model/cancel", {})[0] == 200
+    info = server.wait_state("cancelled")
+    assert info["model_name"] == NAME
+    assert info["context_tokens"] != 1024
+    assert server.workers()
+    assert server.call("/v1/internal/model/cancel", {})[0] == 200  # nothing is under way
+    assert server.info()["model_name"] == NAME
+
+
 def test_unload_ends_the_process(launch: Callable[..., Server]) -> None:
     server = launch("--no-warm-worker")
     assert server.load(NAME, **QUICK_OPTIONS)[0] == 200
