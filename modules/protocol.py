@@ -62,6 +62,8 @@ class AdapterChoice:
     weight: float = 1.0
 
 
+# Tokens of a prompt that a model reads at once, if it answers many at once; fewer where attention keeps all scores.
+READ_AT_ONCE, READ_AT_ONCE_EAGER = 2048, 512
 HEAP_LIMIT_BYTES = 32 * 2**20  # what a worker frees of smaller pieces stays with it: glibc's limit, set so after a load
 
 

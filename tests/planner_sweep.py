@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.library.tensors import TensorInfo
+from modules.options import LoadOptions
 from modules.planner import Checkpoint
-from modules.planner.architectures import APPROXIMATE
+from modules.planner.architectures import APPROXIMATE, EAGER
 from modules.planner.formats import Precision, classes
 from modules.planner.layout import Layout, build
+from modules.protocol import LoadOrder
 
+# Without attention, or with one that keeps no score of each token for each.
+_NO_SCORES = frozenset({"big_bird", "deepseek_v4", "falcon_mamba", "hy_v4", "mamba", "mamba2", "rwkv", "xlstm"})
 _HEADER_NAMES = {"torch.float32": "F32", "torch.int64": "I64", "torch.bfloat16": "BF16"}
 
 
@@ -32,10 +36,24 @@ def differences() -> Differences:
         tensors = _saved(model)
         as_json = json.loads(config.to_json_string(use_diff=False))
         layout = build(Checkpoint(name, as_json, tensors, task=task, stored_dtype="float32"))  # type: ignore[arg-type]
-        problems = list(_problems(model, layout))
-        if problems and name not in APPROXIMATE:
+        problems = list(_problems(model, layout)) if name not in APPROXIMATE else []
+        problems += _attention_problems(name, task, model)
+        if problems:
             found.unexpected[f"{task} {name}"] = problems
     return found
+
+
+def _attention_problems(name: str, task: str, model: Any) -> list[str]:
+    """Whether the attention that a causal model has where nobody chooses one is the one that is planned."""
+    from modules.worker.batching.suitable import obstacle
+
+    if task == "seq2seq" or name in _NO_SCORES:
+        return []
+    always = model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+    if always != (name in EAGER):
+        return [f"its attention is {'' if always else 'not '}eager"]
+    order = LoadOrder(name, "", "safetensors", "causal", "", LoadOptions(), 2048, "", "")
+    return ["it answers many at once, or no longer"] if EAGER.get(name) and obstacle(model, order) else []
 
 
 def _models() -> Iterator[tuple[str, str, Any, Any]]:

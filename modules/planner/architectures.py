@@ -73,6 +73,16 @@ PREFIXES: Mapping[str, str] = {
     **dict.fromkeys(("longt5", "mt5", "switch_transformers", "t5", "umt5"), ""),
 }  # fmt: skip
 
+# Architectures whose attention always keeps all scores in memory, each with whether it answers many at once, and so
+# reads prompts in parts.
+EAGER: Mapping[str, bool] = {
+    **dict.fromkeys(("flint", "gemma2", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "vaultgemma"),
+                    True),
+    **dict.fromkeys(("bigbird_pegasus", "bloom", "codegen", "cpmant", "git", "gpt_neo", "gpt_neox_japanese", "gptj",
+                     "inkling2_text", "megatron-bert", "mpt", "mvp", "openai-gpt", "prophetnet", "rembert", "roformer",
+                     "trocr", "xglm", "xlm", "xlnet"), False),
+}  # fmt: skip
+
 # The output embedding's module where it is not lm_head.
 HEADS: Mapping[str, str] = {
     **dict.fromkeys(("bert", "big_bird", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer"),

@@ -9,11 +9,12 @@ from typing import Any
 
 from modules.library import config as reading
 from modules.options import LoadOptions, kept_tokens
+from modules.planner.architectures import EAGER
 from modules.planner.buffers import head_dimension
 from modules.planner.formats import Precision
 from modules.planner.layout import Layout
 from modules.precision import DTYPE_BYTES
-from modules.protocol import HEAP_LIMIT_BYTES
+from modules.protocol import HEAP_LIMIT_BYTES, READ_AT_ONCE_EAGER
 
 Config = Mapping[str, Any]
 _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding", "reference_sliding_attention"})
@@ -163,12 +164,22 @@ def working_bytes(
     tokens = min(ctx_tokens, calibration.prompt_tokens)
     numbers = tokens * (calibration.hidden_copies * hidden + calibration.inner_copies * (inner or 4 * hidden))
     logits = calibration.logits_copies * reading.number(text, "vocab_size") * 4
-    if options.attn_implementation == "eager":  # the matrix of scores, and its softmax in float32
-        heads = reading.number(text, "num_attention_heads", "n_head", "num_heads")
-        numbers += 3 * heads * tokens * tokens
+    numbers += _scores(text, options, tokens, ctx_tokens)
     unpacked = 2 * layout.largest_linear if precision.quantization else 0  # one layer at a time, in 16 bit
     prompt, step = numbers * element + logits, options.max_batch * logits
     return int(max(max(prompt, step) + unpacked, arriving_bytes(layout, precision, calibration)))
+
+
+def _scores(text: Config, options: LoadOptions, tokens: int, ctx_tokens: int) -> int:
+    """Numbers in the matrix of attention scores and its softmax, where attention keeps them (eager)."""
+    model_type = str(text.get("model_type", ""))
+    always = options.attn_implementation == "auto" and model_type in EAGER
+    if not always and options.attn_implementation != "eager":
+        return 0
+    heads = reading.number(text, "num_attention_heads", "n_head", "num_heads")
+    if EAGER.get(model_type):  # a part of the prompt at a time, which sees all before it
+        return 3 * heads * min(tokens, READ_AT_ONCE_EAGER) * ctx_tokens
+    return 3 * heads * tokens * tokens
 
 
 def arriving_bytes(layout: Layout, precision: Precision, calibration: Calibration) -> int:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from modules.library import Library
 from modules.options import LoadOptions, kept_tokens
-from modules.planner import plan
-from modules.protocol import GenerateOrder
+from modules.planner import plan, read_checkpoint
+from modules.protocol import READ_AT_ONCE_EAGER, GenerateOrder
 from modules.worker.batching.extents import Extents
 from modules.worker.batching.row import Sequence
 from modules.worker.batching.slabs import Slabs, own_cache
+from tests.planner_checkpoints import checkpoint
 from tests.services import MACHINE
-from tests.worker.batches import Desk, Told, order
+from tests.worker.batches import Desk, Told, order, tiny_llama
 from tests.worker.test_batching import by_transformers
 from tests.worker.windowed import KINDS, windowed
 
@@ -61,6 +62,27 @@ def test_one_with_layers_on_disk_answers_many_at_once_too(tmp_path: Path) -> Non
     told = desk.together(asked)
     assert desk.steps < 50
     assert texts(told) == by_transformers(desk, asked)
+
+
+def test_eager_attention_answers_many_at_once_where_it_is_asked_for(tmp_path: Path) -> None:
+    desk = Desk(tiny_llama(), tmp_path, ctx_tokens=256, max_batch=8, batch_tokens=2048, attn_implementation="eager")
+    assert desk.scheduler.obstacle == ""
+    asked = [order(number, 40 + 9 * number) for number in range(5)]
+    told = desk.together(asked)
+    assert desk.steps < 100
+    assert texts(told) == by_transformers(desk, asked)
+
+
+def test_a_prompts_scores_are_planned_where_attention_keeps_them() -> None:
+    """Of a part of a prompt at a time, which sees all before it."""
+    working = {}
+    for kind in ("gemma2", "gemma3", "gpt-oss"):
+        planned = plan(read_checkpoint(checkpoint(kind)), LoadOptions(), MACHINE, ctx_tokens=16_384)
+        working[kind] = planned.devices[0].working_bytes
+    scores = 3 * 4 * 4 * READ_AT_ONCE_EAGER * 16_384  # copies, heads, bytes
+    assert working["gemma3"] < 2**28
+    for kind in ("gemma2", "gpt-oss"):
+        assert scores < working[kind] < scores + 2**28
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "mistral"])

@@ -38,6 +38,22 @@ def _gemma4(numbers: Mapping[str, Any]) -> Any:
     )  # fmt: skip
 
 
+def _gemma2(numbers: Mapping[str, Any]) -> Any:
+    from transformers import Gemma2Config
+
+    return Gemma2Config(**numbers, head_dim=16, layer_types=_HALF * 2)
+
+
+def _gpt_oss(numbers: Mapping[str, Any]) -> Any:
+    from transformers import GptOssConfig
+
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    return GptOssConfig(
+        **{**numbers, "tie_word_embeddings": False}, head_dim=16, layer_types=_HALF * 2, num_local_experts=4,
+        num_experts_per_tok=2, rope_parameters=rope,
+    )  # fmt: skip
+
+
 def _mistral(numbers: Mapping[str, Any]) -> Any:
     from transformers import MistralConfig
 
@@ -64,7 +80,7 @@ def _phi3(numbers: Mapping[str, Any]) -> Any:
 
 KINDS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "gemma3": _gemma3, "gemma3-vision": _gemma3_that_sees, "gemma4": _gemma4, "mistral": _mistral, "qwen2": _qwen2,
-    "cohere2": _cohere2, "phi3": _phi3,
+    "cohere2": _cohere2, "phi3": _phi3, "gemma2": _gemma2, "gpt-oss": _gpt_oss,
 }  # fmt: skip
 
 

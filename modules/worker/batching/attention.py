@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,15 @@ _steps: list[Together] = []  # the one under way; the attention functions of tra
 
 
 class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped here
-    """What the model takes for its cache during one step of the rows of ``slabs``, in their order."""
+    """What the model takes for its cache during one step of the rows of ``slabs``, in their order.
 
-    def __init__(self, slabs: list[Slab]) -> None:
+    ``usual``: how it attends at other times, "sdpa" or "eager".
+    """
+
+    def __init__(self, slabs: list[Slab], usual: str) -> None:
         super().__init__()
         self._slabs = slabs
+        self._usual = usual
         self._layer = 0
         self._masks: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
         self._lengths = [[row.read for row in slab.rows] for slab in slabs]  # before the step
@@ -36,6 +41,7 @@ class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped h
     def attend(self, module: Any, query: Any, key: Any, value: Any, **rest: Any) -> Any:
         """Rows × 1 × heads × head size, for rows × heads × 1 × head size; keeps ``key`` and ``value``."""
         parts, begin = [], 0
+        forward = sdpa_attention_forward if self._usual == "sdpa" else eager_forward(module)
         sizes = tuple(slab.size(self._layer) for slab in self._slabs)  # the same for all layers of a kind
         masks, places = self._masks_for(query, sizes), self._places_for(key.device, sizes)
         for index, slab in enumerate(self._slabs):
@@ -44,7 +50,7 @@ class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped h
             keys[rows, :, tokens] = key[begin:end, :, 0]
             values[rows, :, tokens] = value[begin:end, :, 0]
             _, reach = self._reach(index, sizes[index])
-            part, _ = sdpa_attention_forward(
+            part, _ = forward(
                 module, query[begin:end], keys[: len(rows), :, :reach], values[: len(rows), :, :reach],
                 masks[index], **rest,
             )  # fmt: skip
@@ -84,6 +90,13 @@ class Together(DynamicCache):  # type: ignore[misc]  # transformers is untyped h
         return self._places[device, sizes]
 
 
+def eager_forward(module: Any) -> Any:
+    """The eager attention of a layer's own architecture: some have no other, for what they add to the scores. Raises
+    AttributeError where it has none that others may call.
+    """
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
 def _attend(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **rest: Any
 ) -> tuple[torch.Tensor, None]:
@@ -100,7 +113,7 @@ def over(model: Any, slabs: list[Slab]) -> Iterator[Together]:
     configs = (model.config, model.config.get_text_config(decoder=True))
     # Behind the property, which would set it for the parts that see and hear too.
     usual = [config._attn_implementation_internal for config in configs]
-    step = Together(slabs)
+    step = Together(slabs, usual[-1])
     _steps.append(step)
     for config in configs:
         config._attn_implementation_internal = NAME

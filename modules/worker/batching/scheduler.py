@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from modules.errors import OutOfMemory
-from modules.protocol import AdapterChoice, Done, Failed
+from modules.protocol import READ_AT_ONCE, READ_AT_ONCE_EAGER, AdapterChoice, Done, Failed
 from modules.worker.batching.choosing import Chooser, defaults, likeliest, no_numbers
 from modules.worker.batching.extents import extents
 from modules.worker.batching.line import Line, Ticket
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 Using: TypeAlias = Callable[[tuple[AdapterChoice, ...] | None], AbstractContextManager[None]]
 READ_TOKENS = 512  # of prompts between two steps, so that those who decode do not wait long
-ALONE_READ_TOKENS = 2048  # at once where nobody else decodes; a stop is obeyed in between
 STEPS = 32  # in one turn
 SHARED_STEPS = 8  # where another set of LoRAs waits for its turn: switching takes some milliseconds
 _SPARE_SHARE = 16  # a newcomer must leave this part of the room free: answers grow, and stepping back costs reading
@@ -54,6 +53,8 @@ class Scheduler:
         if self.obstacle:
             log.info("%s answers one request after another: %s", order.name, self.obstacle)
         self._most = 1 if self.obstacle else order.options.max_batch
+        eager = loaded.model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+        self._read_at_once = READ_AT_ONCE_EAGER if eager else READ_AT_ONCE  # a stop is obeyed in between
         self._tried = False
         self._held = 0  # the most tokens that there was memory for
         self._steps = Steps(loaded.model)
@@ -281,7 +282,7 @@ class Scheduler:
 
     def _read(self, adapters: Set) -> None:
         """Go on with prompts. One that fails fails alone."""
-        left = READ_TOKENS if any(not row.reading for row in self._rows) else ALONE_READ_TOKENS
+        left = READ_TOKENS if any(not row.reading for row in self._rows) else self._read_at_once
         for row in [row for row in self._rows if row.reading and row.adapters == adapters]:
             tokens, left = min(left, len(row.ids) - row.read), left - len(row.ids) + row.read
             scores = self._tried_with([row], partial(self._steps.read, row, tokens))

@@ -27,7 +27,7 @@ def obstacle(model: Any, order: LoadOrder) -> str:
     config = model.config.get_text_config(decoder=True)
     if order.task != "causal" or model.config.is_encoder_decoder:
         return "it has an encoder"
-    if not model._supports_attention_backend or config._attn_implementation != "sdpa":
+    if not model._supports_attention_backend or config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {config._attn_implementation}"
     if model._is_stateful or model.generation_config.cache_implementation or _prepares_more(model):
         return "it prepares its inputs or its cache in a way of its own"
