@@ -115,7 +115,9 @@ def weight_files(path: Path, file_format: str) -> list[Path]:
     weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BrokenCheckpoint(f"{index} in {path.name} names no weights (weight_map).")
-    names = sorted({safe_name(path, index, name) for name in weight_map.values()})
+    # Each name once: large mixtures have a hundred thousand tensors in some hundred files. What is no text is refused.
+    named_files = {name if isinstance(name, str) else safe_name(path, index, name) for name in weight_map.values()}
+    names = sorted(safe_name(path, index, name) for name in named_files)
     if missing := [name for name in names if not (path / name).is_file()]:
         raise BrokenCheckpoint(
             f"{len(missing)} of {len(names)} weight files of {path.name} are missing: {', '.join(missing[:5])}"
