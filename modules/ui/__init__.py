@@ -26,7 +26,7 @@ from modules.ui import (
     training_tab,
 )
 from modules.ui.answering import Stops
-from modules.ui.common import DIRECT, QUIET, queue, top
+from modules.ui.common import DIRECT, QUIET, on_latest, queue, top
 
 _HERE = Path(__file__).parent
 _SCRIPTS = ("clipboard.js", "page.js", "live.js")
@@ -94,9 +94,9 @@ def _follow_state(
 
     cancel.click(lambda: service.cancel(), None, None, **DIRECT)
     loaded_at = gr.State(0.0)
-    sync.click(
-        synced, [loaded_at, models.model, *models.form.widgets],
-        [line, cancel, loaded_at, *models.follows_state, *follows_loaded], trigger_mode="always_last", **DIRECT,
+    on_latest(
+        [sync.click], synced, [loaded_at, models.model, *models.form.widgets],
+        [line, cancel, loaded_at, *models.follows_state, *follows_loaded],
     )  # fmt: skip
     page.load(
         opened, models.remembered,

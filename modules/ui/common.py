@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from threading import Lock
 from typing import Any
 
 import gradio as gr
@@ -79,6 +80,39 @@ def edits(fields: Iterable[Any]) -> list[Any]:
     return [event for field in fields for name in ("input", "blur") if (event := getattr(field, name, None))]
 
 
+def on_latest(
+    events: Sequence[Any], action: Callable[..., Any], inputs: Any, outputs: Sequence[Any], **how: Any
+) -> Any:
+    """Wire ``action`` to what is asked over and over, and of which the last answer counts; gives the event.
+
+    What is asked while an answer is under way is asked again after it. Two questions that come at nearly the same time
+    are under way together all the same (Gradio 6.31), and the first may be answered last.
+    """
+    wiring: dict[str, Any] = {**DIRECT, "trigger_mode": "always_last", **how}
+    return gr.on(list(events), newest(len(outputs), action), inputs, list(outputs), **wiring)
+
+
+def newest(outputs: int, action: Callable[..., Any]) -> Callable[..., Any]:
+    """``action``, whose answer changes nothing where the same page has asked again before it was there."""
+    asked: dict[str | None, object] = {}  # the newest question under way, by page
+    lock = Lock()
+
+    def run(request: gr.Request, *arguments: Any) -> Any:
+        mine = object()
+        with lock:
+            asked[request.session_hash] = mine
+        try:
+            answer = action(*arguments)
+        finally:
+            with lock:
+                if last := asked.get(request.session_hash) is mine:
+                    del asked[request.session_hash]
+        return answer if last else _unchanged(outputs)
+
+    run.__module__ = action.__module__  # whose function it is on the page
+    return run
+
+
 def guarded(outputs: int, action: Callable[..., Any]) -> Callable[..., Any]:
     """``action``, which an error of ours ends with a message that pops up and nothing changed."""
 
@@ -87,9 +121,14 @@ def guarded(outputs: int, action: Callable[..., Any]) -> Callable[..., Any]:
             return action(*arguments)
         except LoadstoneError as error:
             warn(error)
-            return [gr.skip() for _ in range(outputs)] if outputs != 1 else gr.skip()
+            return _unchanged(outputs)
 
     return run
+
+
+def _unchanged(outputs: int) -> Any:
+    """What a handler gives that changes none of its ``outputs``."""
+    return [gr.skip() for _ in range(outputs)] if outputs != 1 else gr.skip()
 
 
 def queue(page: gr.Blocks) -> None:

@@ -12,7 +12,7 @@ from modules.errors import LoadstoneError, UserError
 from modules.hub.words import pattern_of
 from modules.service import Service
 from modules.ui import lora_card
-from modules.ui.common import DIRECT, QUIET, guarded, inform, small
+from modules.ui.common import DIRECT, QUIET, guarded, inform, on_latest, small
 from modules.ui.download_card import (
     DownloadCard,
     failed_updates,
@@ -120,10 +120,9 @@ def wire(tab: ModelTab, service: Service) -> None:
         **DIRECT,
     }  # fmt: skip
     shown: dict[str, Any] = {**DIRECT, "show_progress": "minimal", "show_progress_on": card.offer}
-    looked = gr.on(  # what is asked while an earlier question is being answered is asked next, not dropped
-        [card.text.submit, card.look.click], partial(_looked, service), narrowed, card.follows_look,
-        trigger_mode="always_last", **shown,
-    )  # fmt: skip
+    looked = on_latest(
+        [card.text.submit, card.look.click], partial(_looked, service), narrowed, card.follows_look, **shown
+    )
     looked.then(**judge)
     chosen = card.results.input(partial(_chosen, service), card.results, [card.text, *card.follows_look], **shown)
     chosen.then(**judge)
@@ -139,7 +138,7 @@ def wire(tab: ModelTab, service: Service) -> None:
     card.clear.click(guarded(jobs, partial(_cleared, service)), None, card.follows_jobs, **QUIET)
     synced = partial(_synced, service)
     follows = [tab.model, tab.loras.menu, card.done, *card.follows_jobs]
-    card.sync.click(synced, [tab.model, card.done], follows, trigger_mode="always_last", **DIRECT)
+    on_latest([card.sync.click], synced, [tab.model, card.done], follows)
     _wire_token(card, service)
 
 

@@ -12,7 +12,7 @@ import gradio as gr
 from modules.service import Service
 from modules.ui import cards, chat_loras, chat_tab
 from modules.ui.answering import Stops
-from modules.ui.common import DIRECT, QUIET, queue, top
+from modules.ui.common import QUIET, on_latest, queue, top
 from modules.ui.live import LiveAnswers
 
 
@@ -43,5 +43,5 @@ def _follow_state(page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.But
 
     loaded_at = gr.State(-1.0)  # not known yet; 0: nothing is loaded
     outputs = [line, loaded_at, *chat.follows_loaded]
-    sync.click(synced, loaded_at, outputs, trigger_mode="always_last", **DIRECT)
+    on_latest([sync.click], synced, loaded_at, outputs)
     page.load(synced, loaded_at, outputs, **QUIET)

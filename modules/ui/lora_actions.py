@@ -13,7 +13,7 @@ from modules.errors import LoadstoneError
 from modules.service import MergeState, Service, merged_name
 from modules.ui import lora_card
 from modules.ui.cards import error_box
-from modules.ui.common import DIRECT, QUIET, edits, inform, warn
+from modules.ui.common import DIRECT, QUIET, edits, inform, on_latest, warn
 from modules.ui.lora_card import LoraCard, as_text, read_set, set_updates, state_updates
 from modules.ui.model_tab import ModelTab, menu_update, model_choices
 
@@ -124,10 +124,7 @@ def wire(tab: ModelTab, service: Service, page: gr.Tab) -> None:
     weighed = [card.menu, text, *card.weights]
     gr.on(edits(card.weights), None, weighed, [text, card.typed], js=_WEIGHED, trigger_mode="multiple", **QUIET)
     shown: dict[str, Any] = {"inputs": [tab.model, text, card.typed, names], "outputs": [*card.follows_set, names]}
-    gr.on(
-        [text.change, tab.model.change, tab.refresh.click, page.select],
-        partial(_shown, service), **shown, queue=False, trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
+    on_latest([text.change, tab.model.change, tab.refresh.click, page.select], partial(_shown, service), **shown)
     card.active.change(
         _adopted, [text, card.typed, card.active, before], [text, before], queue=False, **QUIET
     )  # fmt: skip

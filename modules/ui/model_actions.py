@@ -14,7 +14,7 @@ from modules.options import LOAD_OPTIONS, alpha_for
 from modules.options.loader import may_stretch
 from modules.service import Service
 from modules.ui import asking, cards
-from modules.ui.common import DIRECT, QUIET, edits, guarded, inform, warn
+from modules.ui.common import DIRECT, QUIET, edits, guarded, inform, on_latest, warn
 from modules.ui.form import form_updates, form_values
 from modules.ui.model_tab import (
     ModelTab,
@@ -28,10 +28,13 @@ from modules.ui.model_tab import (
 )
 
 POLL_S = 0.25
-# On the page alone, and once what was chosen stands there: it is loaded where that was wished, and it is not loaded
-# yet. Not by a click on Load, which is greyed while something is under way: then it has to be said that this is so.
-_AUTOLOAD = """(wished) => { if (wished && !document.querySelector("#summary [data-loaded]"))
-  setTimeout(() => document.getElementById("autoloads").click(), 50) }"""
+# On the page alone, and once what was chosen stands there, and not what was chosen before it: it is loaded where that
+# was wished, and it is not loaded yet. Not by a click on Load, which is greyed while something is under way: then it
+# has to be said that this is so.
+_AUTOLOAD = """(wished, model) => {
+  const shown = document.querySelector("#summary [data-model]")?.dataset;
+  if (wished && shown?.model === model && shown.loaded === undefined)
+    setTimeout(() => document.getElementById("autoloads").click(), 50) }"""
 # The menu tells of a choice twice, and on being left without one: only another model than the one chosen last is a
 # choice. At first that is the one shown; later what is shown may be the answer to an earlier choice still.
 _CHOSEN = """(model, chosen) =>
@@ -199,18 +202,18 @@ def wire(tab: ModelTab, service: Service, page: gr.Tab) -> None:
 
     viewed, load = partial(changed, tab, service), partial(_load, tab, service)
     tab.model.input(None, [tab.model, tab.chosen], tab.chosen, js=_CHOSEN, **QUIET)
-    selected = tab.chosen.change(
-        partial(show_selected, tab, service), tab.model, selected_outputs(tab), trigger_mode="always_last", **DIRECT
-    )
-    selected.then(None, tab.autoload, None, js=_AUTOLOAD)
+    selected = on_latest(
+        [tab.chosen.change], partial(show_selected, tab, service), tab.model, selected_outputs(tab)
+    )  # fmt: skip
+    selected.then(None, [tab.autoload, tab.model], None, js=_AUTOLOAD)
     gr.on(
         [tab.model.input, tab.autoload.input],
         lambda model, autoload: {"model": model, "autoload": autoload},
         [tab.model, tab.autoload], tab.remembered, **DIRECT,
     )  # fmt: skip
-    gr.on(
+    on_latest(
         [*edits(tab.form.widgets), tab.loras.typed.change], partial(_edited, tab, service), [tab.refused, *inputs],
-        [*tab.follows_view, *tab.follows_refusal, tab.refused], trigger_mode="always_last", **DIRECT,
+        [*tab.follows_view, *tab.follows_refusal, tab.refused],
     )  # fmt: skip
     _wire_loading(tab, service, inputs, viewed, load)
     page.select(partial(_refresh, service), tab.model, tab.model, **DIRECT)

@@ -15,7 +15,7 @@ from modules.service.training import Data
 from modules.training.messages import Preview
 from modules.ui import asking, chat_loras, perplexity_card, text_source
 from modules.ui.cards import error_box
-from modules.ui.common import DIRECT, PRIVATE, edits, small
+from modules.ui.common import DIRECT, PRIVATE, edits, on_latest, small
 from modules.ui.training_form import field_updates, field_values
 from modules.ui.training_tab import TrainingTab, state_updates
 from modules.ui.training_views import estimate_card, preview_card
@@ -202,14 +202,10 @@ def _wire_looking(tab: TrainingTab, actions: Actions) -> None:
     looked = tab.look.click(partial(actions.look, True), tab.inputs, seen, **shown)
     looked.then(None, None, None, js=_TO_PREVIEW)  # on a phone it lies below the options
     source = tab.source
-    gr.on(
-        [source.upload.change, source.paste.blur, tab.data_format.input],
-        partial(actions.look, False), tab.inputs, seen, **shown,
-    )  # fmt: skip
-    gr.on(
-        edits(tab.fields.values()), actions.changed, [tab.looked, *tab.inputs], [*tab.fields.values(), *seen],
-        trigger_mode="always_last", **DIRECT,
-    )  # fmt: skip
+    given = [source.upload.change, source.paste.blur, tab.data_format.input]
+    on_latest(given, partial(actions.look, False), tab.inputs, seen, **shown)
+    options = [*tab.fields.values()]
+    on_latest(edits(options), actions.changed, [tab.looked, *tab.inputs], [*options, *seen])
 
 
 def wire_opening(page: gr.Blocks, tab: TrainingTab) -> None:
@@ -227,4 +223,4 @@ def follow(events: Sequence[Any], tab: TrainingTab, service: Service) -> None:
         over = asking.shown("") if not service.training.state().running else [gr.skip()] * len(tab.cancelling.place)
         return [*state_updates(service), *perplexity_card.state_updates(service), *over]
 
-    gr.on(list(events), synced, None, outputs, trigger_mode="always_last", **DIRECT)
+    on_latest(events, synced, None, outputs)
