@@ -13,6 +13,7 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.browser import unfold
 from tests.e2e.conftest import ROOT, Server, serving, wait_for
 from tests.hub_models import tiny_files, weights
 from tests.hub_server import TOKEN, Hub, Repo, folder_files
@@ -114,7 +115,7 @@ def test_the_panel_survives_a_reload_pauses_refuses_and_takes_a_token(
     expect(page.locator("#hub-offer .error")).to_contain_text("There is no tester/nothing on the Hub")
     ask(page, "tester/gated")
     expect(page.locator("#hub-offer .error")).to_contain_text(f"Accept the licence at {hub.url}/tester/gated")
-    page.locator("#hub-token button").first.click()
+    unfold(page.locator("#hub-token button").first)
     page.locator("#hub-token-text input").fill(TOKEN)
     page.locator("#hub-token-save").click()
     expect(page.locator("#hub-token-line")).to_contain_text(f"hf_…{TOKEN[-4:]}")

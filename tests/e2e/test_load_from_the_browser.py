@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.browser import unfold
 from tests.e2e.conftest import Server
 from tests.machine import QUICK_FLAGS
 
@@ -127,7 +128,7 @@ def test_contradictory_options_are_said_before_loading(
 ) -> None:
     page = open_page(launch("--no-warm-worker"))
     select_model(page)
-    page.locator("#group-rope").get_by_role("button").first.click()
+    unfold(page.locator("#group-rope").get_by_role("button").first)
     page.locator("#option-alpha_value input").fill("2")
     page.locator("#option-compress_pos_emb input").fill("2")
     page.locator("#option-compress_pos_emb input").press("Tab")

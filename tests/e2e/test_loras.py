@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests import checkpoints, lora_files, loras
+from tests.browser import unfold
 from tests.e2e.conftest import Server, serving
 from tests.e2e.test_load_from_the_browser import LOAD_MS, NAME, load, select_model
 from tests.machine import QUICK_FLAGS
@@ -164,7 +165,7 @@ def test_a_merged_model_is_in_the_menu(server: Server, open_page: Callable[..., 
     page = open_page(server)
     select_model(page, SMALL)
     choose(page, "little")
-    page.locator("#merge").get_by_role("button").first.click()
+    unfold(page.locator("#merge").get_by_role("button").first)
     page.locator("#merge-name input, #merge-name textarea").first.fill("grown")
     page.locator("#merge-start").click()
     expect(page.locator("#merge-cancel")).to_be_visible()

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from tests import checkpoints
+from tests.browser import unfold
 from tests.conftest import wait_until
 from tests.e2e.conftest import Server, serving, wait_for
 from tests.e2e.gate import GATED, Gate
@@ -60,7 +61,7 @@ def field(page: Page, option: str) -> Locator:
     """The field of an option; its group is opened if it is folded."""
     place = page.locator(f"#option-{option} input")
     if not place.is_visible():
-        page.locator("#group-rope").get_by_role("button").first.click()
+        unfold(page.locator("#group-rope").get_by_role("button").first)
         expect(place).to_be_visible()
     return place
 

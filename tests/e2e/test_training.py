@@ -12,6 +12,7 @@ from playwright.sync_api import Page, expect
 
 from modules import packages
 from tests import checkpoints, loras
+from tests.browser import unfold
 from tests.e2e.conftest import Server, serving, wait_for
 from tests.machine import BF16, QUICK_FLAGS
 
@@ -65,7 +66,7 @@ def set_options(page: Page, **values: object) -> None:
     for name, value in values.items():
         field = page.locator(f"#training-{name} input")
         if not field.is_visible():
-            page.get_by_role("button", name="More on learning").click()
+            unfold(page.get_by_role("button", name="More on learning"))
         field.fill(str(value))
         field.blur()
 
@@ -151,7 +152,7 @@ def test_what_was_set_comes_back(server: Server, open_page: Callable[..., Page],
     page = training(open_page(server, width=width))
     paste(page, lesson())
     set_options(page, rank=3, cutoff=77, max_steps=9)
-    page.get_by_role("button", name="Perplexity").click()
+    unfold(page.get_by_role("button", name="Perplexity"))
     page.locator("#perplexity-window input").fill("96")
     page.locator("#perplexity-window input").blur()
     wait_for(lambda: '"window":96' in page.evaluate("localStorage.getItem('loadstone-training') ?? ''"), "the memory")
@@ -161,10 +162,10 @@ def test_what_was_set_comes_back(server: Server, open_page: Callable[..., Page],
     expect(page.locator("#training-upload")).to_be_hidden()
     expect(page.locator("#training-rank input").first).to_have_value("3")
     expect(page.locator("#training-epochs input").first).to_be_disabled()  # the steps are given
-    page.get_by_role("button", name="Perplexity").click()
+    unfold(page.get_by_role("button", name="Perplexity"))
     expect(page.locator("#perplexity-window input")).to_have_value("96")
     expect(page.locator("#perplexity-stride input")).to_have_value("")  # left to the program
-    page.get_by_role("button", name="More on learning").click()
+    unfold(page.get_by_role("button", name="More on learning"))
     expect(page.locator("#training-max_steps input").first).to_have_value("9")
 
 
@@ -184,6 +185,7 @@ def loss(page: Page) -> float:
 def test_a_paused_training_stands_among_the_unfinished_and_a_name_is_not_taken_twice(
     server: Server, open_page: Callable[..., Page]
 ) -> None:
+    (server.home / "loras" / "barrels").mkdir(parents=True, exist_ok=True)
     page = training(open_page(server))
     paste(page, lesson("Seven copper lanterns."))
     page.locator("#training-name").locator("input, textarea").fill("barrels")
@@ -241,7 +243,7 @@ def test_an_unfinished_training_is_deleted_after_a_yes(server: Server, open_page
 
 def test_perplexity_is_measured_and_stands_in_the_table(server: Server, open_page: Callable[..., Page]) -> None:
     page = training(open_page(server))
-    page.get_by_role("button", name="Perplexity").click()
+    unfold(page.get_by_role("button", name="Perplexity"))
     page.locator("#perplexity-start").click()
     expect(page.locator("#perplexity-line .error")).to_be_visible()
     expect(page.locator("#perplexity-line .error")).to_contain_text("no text")
