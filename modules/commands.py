@@ -58,6 +58,8 @@ def print_plan(service: Service, *, as_json: bool) -> int:
                  device.total_bytes, device.cap_bytes)  # fmt: skip
         print(f"{device.name:8} " + " ".join(f"{format_bytes(size):>10}" for size in sizes))
     print(f"{'at most':8} {plan.peak}")
+    for name, free in service.measure().in_words:
+        print(f"{name:8} {free}")
     for note in (*view.notes, *plan.notes):
         print(f"note: {note}")
     for suggestion in plan.suggestions:

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pynvml
 
+from modules.units import format_bytes
+
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 _CPU = Path("/proc/cpuinfo")
@@ -29,6 +31,11 @@ class Holder:
     pid: int
     name: str
     held_bytes: int  # 0 where the driver does not tell
+
+    @property
+    def in_words(self) -> str:
+        name = self.name or f"process {self.pid}"
+        return f"{name} ({format_bytes(self.held_bytes)})" if self.held_bytes else name
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,16 @@ class Machine:
     ram_free_bytes: int
     disk_free_bytes: int
     cpu_bf16: bool = True  # whether the processor computes in bfloat16 about as quickly as in float32
+
+    @property
+    def in_words(self) -> list[tuple[str, str]]:
+        """Each device by its name in a plan, and what of it is free."""
+        rows = [("RAM", f"{format_bytes(self.ram_free_bytes)} of {format_bytes(self.ram_total_bytes)} free")]
+        for gpu in self.gpus:
+            free = f"{gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free"
+            held = ", ".join(holder.in_words for holder in gpu.holders)
+            rows.append((f"GPU {gpu.index}", f"{free}; held by {held}" if held else free))
+        return [*rows, ("disk", f"{format_bytes(self.disk_free_bytes)} free")]
 
     @property
     def gpu_names(self) -> tuple[str, ...]:

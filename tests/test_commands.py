@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -18,7 +19,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from modules import devices
 from modules.training import runs
+from modules.units import format_bytes
 from tests import checkpoints, lora_files, loras, planner_checkpoints, trainings
 from tests.conftest import ROOT, wait_until
 
@@ -79,6 +82,13 @@ def test_a_plan_says_the_most_that_is_held_and_when(tmp_path: Path, demo_model: 
     assert line.endswith(" while it is loaded")
     full = run(tmp_path, "--model", str(demo_model), "--plan", "--batch-tokens", "131072")
     assert " with a full context" in full.stdout
+
+
+def test_a_plan_says_what_is_free(tmp_path: Path, demo_model: Path) -> None:
+    done = run(tmp_path, "--model", str(demo_model), "--plan")
+    [line] = re.findall(r"^RAM +(\S+ \S+) of (\S+ \S+) free$", done.stdout, re.MULTILINE)
+    assert line[1] == format_bytes(devices.measure(tmp_path).ram_total_bytes)
+    assert re.search(r"^disk +\S+ \S+ free$", done.stdout, re.MULTILINE)
 
 
 def test_a_prompt_tells_on_stderr_what_had_no_effect(tmp_path: Path, demo_model: Path) -> None:

@@ -164,6 +164,17 @@ def test_holders_are_named_the_largest_first(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+def test_what_is_free_is_said_with_who_holds_the_rest() -> None:
+    holders = (devices.Holder(7, "game", 3 * GIB), devices.Holder(8, "", GIB), devices.Holder(9, "python", 0))
+    gpu = devices.Gpu(1, "A", "1", 24 * GIB, 20 * GIB, holders)
+    machine = devices.Machine((gpu,), 64 * GIB, 60 * GIB, 100 * 10**9)
+    assert machine.in_words == [
+        ("RAM", "60 GiB of 64 GiB free"),
+        ("GPU 1", "A, 20 GiB of 24 GiB free; held by game (3 GiB), process 8 (1 GiB), python"),
+        ("disk", "93.1 GiB free"),
+    ]
+
+
 def _cgroup(folder: Path, names: tuple[str, str], limit: str, used: int, inactive: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / names[0]).write_text(f"{limit}\n")

@@ -194,9 +194,7 @@ def fit_card(view: View, machine: Machine) -> str:
     for gpu in machine.gpus:
         name = f"GPU {gpu.index}"
         parts.append(_device_bar(f"{name} {gpu.name}", gpu.total_bytes, gpu.free_bytes, planned.get(name)))
-        parts += [
-            f'<div class="small">held by {escape(h.name)} ({format_bytes(h.held_bytes)})</div>' for h in gpu.holders
-        ]
+        parts += [f'<div class="small">held by {escape(holder.in_words)}</div>' for holder in gpu.holders]
     parts.append(_device_bar("RAM", machine.ram_total_bytes, machine.ram_free_bytes, planned.get("RAM")))
     if (disk := planned.get("disk")) and disk.weights_bytes:
         parts.append(f'<div class="small">{format_bytes(disk.weights_bytes)} of layers on disk</div>')

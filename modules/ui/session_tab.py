@@ -63,12 +63,8 @@ def copies_update(copies: Sequence[QuantizedCopy], chosen: str | None) -> Any:
 def session_html(service: Service) -> str:
     """Machine, packages, folders and options in force, as tables."""
     machine = service.measure()
-    rows = [("RAM", f"{format_bytes(machine.ram_free_bytes)} of {format_bytes(machine.ram_total_bytes)} free")]
-    rows += [
-        (f"GPU {gpu.index}", f"{gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free")
-        for gpu in machine.gpus
-    ] or [("GPU", "none that Loadstone can use: models run on the CPU")]
-    rows.append(("Disk", f"{format_bytes(machine.disk_free_bytes)} free"))
+    without = [] if machine.gpus else [("GPU", "none that Loadstone can use: models run on the CPU")]
+    rows = [*machine.in_words, *without]
     base, _ = service.base("")
     set_options = [
         (spec.flag, f"{getattr(base.options, name)} (from {base.origin[name]})")
