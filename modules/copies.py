@@ -12,13 +12,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 
@@ -29,6 +29,9 @@ LAYOUT = 1  # raised when copies are written in another way
 _PARTIAL = ".partial-"  # behind it stands the id of the process that writes
 _KEY = re.compile(r"[0-9a-f]{32}")
 _CHUNK_BYTES = 1 << 20
+_TELL_S = 0.2
+
+Told: TypeAlias = Callable[[int, int], None]  # bytes read, and bytes in all
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-def check(copy: QuantizedCopy) -> None:
+def check(copy: QuantizedCopy, told: Told = lambda done, total: None) -> None:
     """Read every file of the copy and compare it with the manifest. Raises BrokenCheckpoint for any difference.
 
     A file too many counts too: beside shards, a ``model.safetensors`` would be taken instead of them.
@@ -119,24 +122,29 @@ def check(copy: QuantizedCopy) -> None:
     if there != set(copy.files):
         names = ", ".join(sorted(there ^ set(copy.files)))
         raise BrokenCheckpoint(f"The quantized copy {copy.key} of {copy.model} lacks files, or has more: {names}.")
-    for name, digest in digests(copy.path).items():
+    for name, digest in digests(copy.path, told).items():
         if copy.files[name] != digest:
             raise BrokenCheckpoint(f"{name} in the quantized copy {copy.key} of {copy.model} has changed.")
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path, told: Told = lambda done, total: None) -> dict[str, str]:
     """Name → SHA-256 of every file but the manifest, several files at a time. Raises OSError."""
-    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
+    sizes = {file: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    read = dict.fromkeys(sizes, 0)
+
+    def sha256(file: Path) -> str:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                read[file] += len(chunk)
+        return digest.hexdigest()
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing holds no lock of the interpreter
-        return dict(zip((file.name for file in files), pool.map(_sha256, files), strict=True))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        jobs = {file.name: pool.submit(sha256, file) for file in sizes}
+        while wait(jobs.values(), _TELL_S).not_done:
+            told(sum(read.values()), sum(sizes.values()))
+        return {name: job.result() for name, job in jobs.items()}
 
 
 def write_manifest(folder: Path, model: str, identity: Mapping[str, Any]) -> None:

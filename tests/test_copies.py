@@ -50,6 +50,16 @@ def test_the_list_names_model_recipe_and_size(tmp_path: Path) -> None:
     assert found[0].size_bytes == 5000 + (eight_bit / copies.MANIFEST).stat().st_size
 
 
+def test_the_check_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_TELL_S", 0)
+    copy = copies.read(make(tmp_path, size=64_000_000))
+    told: list[tuple[int, int]] = []
+    copies.check(copy, lambda done, total: told.append((done, total)))
+    assert {total for _, total in told} == {64_000_000}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert any(0 < done < 64_000_000 for done, _ in told)
+
+
 def test_a_whole_copy_passes_the_check_and_every_difference_fails(tmp_path: Path) -> None:
     folder = make(tmp_path)
     weights = folder / "model.safetensors"

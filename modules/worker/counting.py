@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import modeling_gguf_pytorch_utils as gguf_reading
 from transformers.utils import logging as transformers_logging
 
 from modules.protocol import Progress
@@ -32,6 +33,22 @@ def counting(bar: str, stage: str, unit: str, progress: Callable[[Progress], Non
         yield
     finally:
         transformers_logging.set_tqdm_hook(previous)
+
+
+@contextlib.contextmanager
+def counting_unpacked(stage: str, progress: Callable[[Progress], None]) -> Iterator[None]:
+    """Report the tensors of a GGUF file as transformers 5.23 unpacks them, past its own hook: by the bar that it takes
+    from tqdm itself. No bar is drawn."""
+
+    def counted(tensors: Sequence[Any], **_bar: Any) -> Iterator[Any]:
+        return _counted(tensors, len(tensors), Progress(stage, unit="tensors"), progress)
+
+    drawn = gguf_reading.tqdm
+    gguf_reading.tqdm = counted
+    try:
+        yield
+    finally:
+        gguf_reading.tqdm = drawn
 
 
 def _counted(items: Iterable[Any], total: int, stage: Progress, progress: Callable[[Progress], None]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +35,7 @@ from modules.worker.failures import translate
 logger = logging.getLogger(__name__)
 
 _SPARE_BYTES = 1 << 30  # of free disk that a copy leaves, beside its own size
+_MB = 10**6
 _SHARD = "1GB"  # at most so much is gathered from a GPU at a time, and several files are checked at a time
 # The part of BitsAndBytesConfig that changes how layers compute and not what they hold.
 _NOT_IN_THE_WEIGHTS = ("bnb_4bit_compute_dtype",)
@@ -182,10 +183,11 @@ def whole(place: Place, progress: Report) -> copies.QuantizedCopy | None:
     """The copy, every byte of it checked. One that is damaged is removed: None, as if it had never been there."""
     if not place.folder.is_dir():
         return None
-    progress(Progress("checking the quantized copy"))
+    stage = Progress("checking the quantized copy", unit="MB")
+    progress(stage)
     try:
         found = copies.read(place.folder)
-        copies.check(found)
+        copies.check(found, lambda done, total: progress(replace(stage, done=done // _MB, total=-(-total // _MB))))
     except (BrokenCheckpoint, OSError) as error:
         _discard(place.folder, error)
         return None

@@ -38,7 +38,7 @@ from modules.errors import (
 )
 from modules.protocol import LoadOrder, LoadReport, Progress
 from modules.worker import quantization, quantized_copies, report, rope, tokenizer
-from modules.worker.counting import counting
+from modules.worker.counting import counting, counting_unpacked
 from modules.worker.failures import translate
 from modules.worker.placement import DeviceFacts, Sizes, placement, spills
 from modules.worker.verification import verify
@@ -46,6 +46,7 @@ from modules.worker.verification import verify
 logger = logging.getLogger(__name__)
 
 _AUTO_CLASSES: Mapping[str, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+_UNPACKING = "unpacking the weights"  # of a GGUF file, before they are loaded or quantized
 _HEADER_DTYPES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -268,8 +269,6 @@ def device_facts(order: LoadOrder) -> DeviceFacts:
 
 
 def _usual_stage(order: LoadOrder) -> str:
-    if order.file_format == "gguf":
-        return "unpacking the weights"
     return "quantizing the weights" if quantization.on_the_fly(order.options) else "loading the weights"
 
 
@@ -277,9 +276,9 @@ def load_weights(order: LoadOrder, arguments: LoadArguments, stage: str, progres
     """Call ``from_pretrained``; the model in evaluation mode. Raises BrokenCheckpoint where tensors are missing."""
     for name, value in arguments.as_text().items():
         logger.info("%s: from_pretrained(%s=%s)", order.name, name, value)
-    progress(Progress(stage))
+    progress(Progress(_UNPACKING if order.file_format == "gguf" else stage))
     auto_class = _AUTO_CLASSES[order.task]
-    with counting("Loading weights", stage, "tensors", progress):
+    with counting_unpacked(_UNPACKING, progress), counting("Loading weights", stage, "tensors", progress):
         model, info = auto_class.from_pretrained(**arguments.kwargs, output_loading_info=True)
     parameters = {name for name, _ in model.named_parameters()}
     if missing := sorted(parameters & set(info["missing_keys"])):

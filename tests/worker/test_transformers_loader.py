@@ -262,7 +262,13 @@ def test_the_same_weights_in_other_files_answer_the_same(tmp_path: Path, name: s
 
 
 def test_a_gguf_file_is_unpacked_and_answers(tmp_path: Path) -> None:
-    result = load(checkpoints.gguf_file(), tmp_path, file_format="gguf", quantization="gguf", bf16=True)
+    heard: list[Progress] = []
+    result = load(checkpoints.gguf_file(), tmp_path, heard, file_format="gguf", quantization="gguf", bf16=True)
+    unpacked = [one for one in heard if one.stage == "unpacking the weights"]
+    assert unpacked[0].total == 0  # nothing is known yet
+    assert unpacked[-1].done == unpacked[-1].total == 272
+    assert any(0 < one.done < one.total for one in unpacked)
+    assert heard[heard.index(unpacked[-1]) + 1].stage == "loading the weights"
     assert result.report.layer_classes == {"Linear": 211}
     assert result.report.dtype == "bfloat16"
     assert result.report.context_limit == 8192
