@@ -23,6 +23,7 @@ from modules.planner.checkpoint import from_facts
 from modules.planner.formats import Precision
 from modules.planner.layout import layout_of
 from modules.planner.memory import DEFAULT, kv_cache, working_bytes
+from modules.protocol import READ_AT_ONCE_EAGER
 from modules.worker import report
 from tests import checkpoints, planner_checkpoints
 
@@ -133,11 +134,9 @@ def test_the_demo_model_from_gguf_takes_what_the_same_weights_take_from_safetens
         assert working[0] == working[1]
 
 
-def test_a_mixture_in_gguf_computes_with_as_many_experts_as_the_same_in_safetensors(tmp_path: Path) -> None:
-    folder = planner_checkpoints.checkpoint("qwen3-moe")
-    plain = read(folder)
-    writer = gguf.GGUFWriter(str(tmp_path / "mixture.gguf"), "qwen3moe")
-    text = plain.config
+def mixture_in_gguf(folder: Path, architecture: str, text: Mapping[str, Any]) -> Checkpoint:
+    """A file with the header of a mixture of experts and its largest tensors."""
+    writer = gguf.GGUFWriter(str(folder / "mixture.gguf"), architecture)
     writer.add_block_count(text["num_hidden_layers"])
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
@@ -157,9 +156,23 @@ def test_a_mixture_in_gguf_computes_with_as_many_experts_as_the_same_in_safetens
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    packed = from_facts(Library([tmp_path]).facts("mixture.gguf"))
-    working = [working_bytes(layout_of(m), Precision("float32"), DEFAULT, 128, LoadOptions()) for m in (plain, packed)]
-    assert working[0] == working[1] > 0
+    return from_facts(Library([folder]).facts("mixture.gguf"))
+
+
+def computing(checkpoint: Checkpoint, tokens: int) -> int:
+    return working_bytes(layout_of(checkpoint), Precision("float32"), DEFAULT, tokens, LoadOptions())
+
+
+def test_a_mixture_in_gguf_computes_with_as_many_experts_as_the_same_in_safetensors(tmp_path: Path) -> None:
+    plain = read(planner_checkpoints.checkpoint("qwen3-moe"))
+    packed = mixture_in_gguf(tmp_path, "qwen3moe", plain.config)
+    assert computing(plain, 128) == computing(packed, 128) > 0
+
+
+def test_the_scores_of_what_has_eager_attention_alone_are_counted_in_gguf_too(tmp_path: Path) -> None:
+    config = read(planner_checkpoints.checkpoint("qwen3-moe")).config
+    other, eager = (computing(mixture_in_gguf(tmp_path, name, config), 4096) for name in ("qwen3moe", "gpt-oss"))
+    assert eager - other == 4 * 3 * config["num_attention_heads"] * READ_AT_ONCE_EAGER * 4096
 
 
 def test_a_mixture_in_4_bit_keeps_its_experts_and_says_so() -> None:

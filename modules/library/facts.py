@@ -233,7 +233,7 @@ def _gguf_facts(model: Model) -> ModelFacts:
     return ModelFacts(
         model=model,
         architecture=header.architecture,
-        model_type=header.architecture,
+        model_type=header.architecture.replace("-", "_"),  # gpt-oss; as config.json has it
         task="seq2seq" if header.architecture == "t5" else "causal",
         parameters=sum(tensor.elements for tensor in tensors.values()),
         dtype="",
