@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,7 +115,19 @@ def _disk_free(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+@cache
+def torch_has_cuda() -> bool:
+    """Whether the torch that is installed computes on NVIDIA's GPUs, by its files: it is not imported here."""
+    spec = importlib.util.find_spec("torch")
+    version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    if version is None or not version.is_file():
+        return True  # nobody knows; the load will tell
+    return re.search(r"^cuda\b[^=]*= *None", version.read_text(encoding="utf-8"), re.MULTILINE) is None
+
+
 def _gpus() -> tuple[Gpu, ...]:
+    if not torch_has_cuda():
+        return ()
     try:
         # Never shut down again: starting costs tens of milliseconds, and being started already costs none.
         pynvml.nvmlInit()

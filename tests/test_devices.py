@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import pynvml
 import pytest
+import torch
 
 from modules import devices
 
@@ -38,6 +40,7 @@ class Driver:
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, answer)
+        monkeypatch.setattr(devices, "torch_has_cuda", lambda: True)
 
     def _memory(self, handle: Any) -> Any:
         if (problem := self.gpus[handle].get("problem")) is not None:
@@ -146,6 +149,39 @@ def test_cuda_visible_devices(visible: str, names: tuple[str, ...], monkeypatch:
     machine = devices.measure(Path.cwd())
     assert machine.gpu_names == names
     assert [gpu.index for gpu in machine.gpus] == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("line", "has"),
+    [
+        ("cuda: Optional[str] = None", False),
+        ("cuda = None", False),
+        ("cuda: Optional[str] = '13.0'", True),
+        ("other = None", True),
+    ],
+)
+def test_whether_torch_computes_on_gpus_is_read_from_its_files(
+    line: str, has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.py").write_text(f"debug = False\n{line}\nhip: Optional[str] = None\n")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    devices.torch_has_cuda.cache_clear()
+    try:
+        assert devices.torch_has_cuda() is has
+    finally:
+        devices.torch_has_cuda.cache_clear()
+
+
+def test_it_is_what_torch_says_itself() -> None:
+    assert devices.torch_has_cuda() is (torch.version.cuda is not None)
+
+
+@pytest.mark.usefixtures("_all_visible")
+def test_gpus_that_torch_cannot_use_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    TWO_GPUS.install(monkeypatch)
+    monkeypatch.setattr(devices, "torch_has_cuda", lambda: False)
+    assert devices.measure(Path.cwd()).gpus == ()
 
 
 @pytest.mark.usefixtures("_all_visible")

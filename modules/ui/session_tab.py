@@ -10,6 +10,7 @@ import gradio as gr
 
 from modules import packages
 from modules.copies import QuantizedCopy
+from modules.devices import torch_has_cuda
 from modules.options import GENERATION_OPTIONS, LOAD_OPTIONS, SERVER_OPTIONS, ServerOptions, Spec
 from modules.service import Service
 from modules.ui import asking, now_card, shelf_card
@@ -63,7 +64,8 @@ def copies_update(copies: Sequence[QuantizedCopy], chosen: str | None) -> Any:
 def session_html(service: Service) -> str:
     """Machine, packages, folders and options in force, as tables."""
     machine = service.measure()
-    without = [] if machine.gpus else [("GPU", "none that Loadstone can use: models run on the CPU")]
+    why = "" if torch_has_cuda() else " (this torch has no CUDA)"
+    without = [] if machine.gpus else [("GPU", f"none that Loadstone can use{why}: models run on the CPU")]
     rows = [*machine.in_words, *without]
     base, _ = service.base("")
     set_options = [

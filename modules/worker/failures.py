@@ -30,6 +30,10 @@ from modules.protocol import LoadOrder
 
 _GIB = 1024**3
 # What CUDA and its libraries say where they find no memory beside the allocator's: for a context, a kernel, a handle.
+# What torch says where it has no CUDA, or the driver or the GPU is too old for its own.
+_NO_CUDA = re.compile(
+    r"not compiled with CUDA|no kernel image is available|NVIDIA driver|CUDA driver (version|initialization)"
+)
 _GPU_FULL = re.compile(r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|CU\w+_STATUS_ALLOC_FAILED")
 
 
@@ -91,6 +95,16 @@ def _wanted_bytes(text: str) -> float:
     if match := re.search(r"Tried to allocate ([\d.]+) (MiB|GiB)", text):
         return float(match[1]) * (_GIB if match[2] == "GiB" else 1024**2)
     return 0.0
+
+
+def _gpu_unusable(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
+    if order.options.cpu or not isinstance(exc, RuntimeError | AssertionError) or not _NO_CUDA.search(str(exc)):
+        return None
+    return LoadFailed(
+        f"torch {torch.__version__} cannot use the GPU for {order.name}: {_first_line(exc).rstrip('.')}.",
+        "Install a driver, or a build of torch, that fits the GPU, leave it out with gpu-memory, or use the CPU alone.",
+        fix={"cpu": True},
+    )
 
 
 def _does_not_fit(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
@@ -172,6 +186,7 @@ def _broken(exc: BaseException, order: LoadOrder) -> LoadstoneError | None:
 
 _RULES: tuple[Callable[[BaseException, LoadOrder], LoadstoneError | None], ...] = (
     _out_of_memory,
+    _gpu_unusable,
     _does_not_fit,
     _no_space,
     _custom_code,

@@ -99,6 +99,22 @@ def test_another_error_of_a_gpu_is_not_taken_for_a_full_one() -> None:
     assert not isinstance(error, OutOfMemory)
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        AssertionError("Torch not compiled with CUDA enabled"),
+        RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."),
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_torch_cannot_use_can_be_done_without(raised: Exception) -> None:
+    error = translate(raised, order())
+    assert "cannot use the GPU" in error.message
+    assert error.fix == {"cpu": True}
+    assert translate(raised, order(cpu=True)).fix == {}
+
+
 def test_a_process_with_too_little_ram_says_so(demo_model: Path, tmp_path: Path) -> None:
     """A real load in a real process whose address space ends before the weights do."""
     code = f"""
