@@ -75,7 +75,8 @@ def release() -> None:
     torch = sys.modules["torch"]
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after some of CUDA's errors, nothing works any more in the process
+            torch.cuda.empty_cache()
 
 
 class Answer:
@@ -87,7 +88,7 @@ class Answer:
         """Raises what the prompt or the order's shape is refused with."""
         self._tokenizer = loaded.tokenizer
         self._prompt = prompt = prompter(loaded).prompt(order)
-        _must_be_known(prompt.ids, loaded.model)
+        must_be_known(prompt.ids, loaded.model)
         self.options = order.options
         self.limit = min(order.options.max_new_tokens, prompter(loaded).room(prompt))
         self.stopped = stopped
@@ -287,7 +288,7 @@ def input_device(model: Any) -> Any:
     return device if device.type != "meta" else getattr(hook, "execution_device", None) or "cpu"
 
 
-def _must_be_known(ids: Sequence[int], model: Any) -> None:
+def must_be_known(ids: Sequence[int], model: Any) -> None:
     """Raises OptionError for a token of the tokenizer's that the model has not: on a GPU it would end the process."""
     last = int(model.get_input_embeddings().weight.shape[0]) - 1
     if ids and max(ids) > last:

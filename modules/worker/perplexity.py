@@ -18,7 +18,7 @@ from modules.errors import OptionError, OutOfMemory, RequestTooLong, Unsupported
 from modules.perplexity import Perplexity, PerplexityOrder
 from modules.protocol import AdapterChoice, Failed, LoadOrder, Progress
 from modules.worker.engine import Engine
-from modules.worker.generation import Loaded, input_device, release
+from modules.worker.generation import Loaded, input_device, must_be_known, release
 from modules.worker.telling import Tell
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def _ids(loaded: Loaded, order: PerplexityOrder) -> list[int]:
     ids = ids[: order.most_tokens] if order.most_tokens else ids
     if len(ids) < 2:
         raise UserError(f"The text has {len(ids)} tokens; perplexity needs two at least.", "Give a longer text.")
+    must_be_known(ids, loaded.model)
     return ids
 
 

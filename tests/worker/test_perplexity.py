@@ -9,6 +9,7 @@ import textwrap
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,16 @@ def test_without_a_window_it_is_the_loaded_context_and_a_short_text_is_one_windo
 def test_what_cannot_be_measured_is_refused(loaded: Any, asked: PerplexityOrder, error: type[LoadstoneError]) -> None:
     with pytest.raises(error):
         perplexity.Measurement(loaded, asked)
+
+
+def test_a_token_that_the_model_has_not_is_refused(loaded: Any) -> None:
+    """On a GPU looking it up would end the process's use of it."""
+
+    def tokenize(text: str, verbose: bool) -> Any:
+        return SimpleNamespace(input_ids=[1, 10**6])
+
+    with pytest.raises(OptionError, match="1000000"):
+        perplexity.Measurement(dataclasses.replace(loaded, tokenizer=tokenize), PerplexityOrder(TEXT))
 
 
 def test_a_model_that_translates_has_none(loaded: Any) -> None:
