@@ -129,13 +129,13 @@ def _device_name(place: Any) -> str:
 
 def count_parameters(model: Any) -> int:
     """The number of weights, those packed by a quantization counted as what they stand for; tied ones once."""
-    total = 0
+    packed = [module for module in model.modules() if isinstance(getattr(module, "qweight", None), torch.Tensor)]
+    theirs = {id(parameter) for module in packed for parameter in module.parameters(recurse=False)}
+    total = sum(int(module.in_features) * int(module.out_features) for module in packed)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        total += state.shape.numel() if state is not None else parameter.numel()
-    for module in model.modules():
-        if isinstance(getattr(module, "qweight", None), torch.Tensor):
-            total += module.in_features * module.out_features
+        numbers = state.shape.numel() if state is not None else parameter.numel()
+        total += 0 if id(parameter) in theirs else numbers
     return total
 
 
