@@ -20,6 +20,8 @@ from modules.protocol import HEAP_LIMIT_BYTES, decode, encode
 
 T = TypeVar("T")
 
+# In the order in which the machine lists its GPUs, and --gpu-memory counts: with another, a plan would be for others.
+_ALWAYS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 # Defaults only: what the supervisor, or the user, has set is kept.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # a load reads local files; the web process alone talks to the Hub
@@ -27,7 +29,6 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asks the driver's library, so that waiting warm takes no GPU memory
-    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which the machine lists its GPUs, and --gpu-memory counts
 }
 OOM_SCORE = 500  # of 1000: before any process of the user's that has not asked for the same
 
@@ -52,6 +53,7 @@ def set_environment() -> None:
     """Set the defaults that the ML packages read when they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.update(_ALWAYS)
 
 
 def claim_stdout() -> Callable[[Any], None]:
