@@ -27,7 +27,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "torchao": ("torchao",),
     "compressed-tensors": ("compressed-tensors",),
     "auto-round": ("auto-round",),
-    "mxfp4": ("kernels",),
     "eetq": ("kernels",),
     "hub-datasets": ("datasets==5.2.0",),
 }

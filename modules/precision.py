@@ -8,20 +8,14 @@ from modules.options import LoadOptions
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# The quant_methods whose weights transformers (5.23) keeps packed on GPUs from this compute capability on: elsewhere it
-# unpacks them, with a line in its log.
-PACKED_FROM: Mapping[str, tuple[int, int]] = {"fp8": (8, 9), "mxfp4": (7, 5)}
+# The quant_methods whose weights are unpacked while they are loaded. On newer GPUs transformers (5.23) multiplies them
+# packed, with kernels that it fetches from a hub: a model's process reaches none, and its first answer would fail.
+UNPACKED = frozenset({"fp8", "mxfp4"})
 
 _SLOW_BF16 = (
     "This processor has no instructions for bfloat16 and is many times slower in it than in float32: "
     "with bf16 off, the weights take twice the memory."
 )
-
-
-def unpacks(quantization: str, *, gpus: int, capability: tuple[int, int]) -> bool:
-    """Whether a checkpoint's packed weights are unpacked while loading. ``gpus``: how many the options let the model
-    touch; ``capability``: the least that a GPU of the machine has."""
-    return quantization in PACKED_FROM and (not gpus or capability < PACKED_FROM[quantization])
 
 
 def computes_bf16(capability: tuple[int, int]) -> bool:
@@ -37,8 +31,8 @@ def weights_dtype(
 
     ``stored``: the checkpoint's dtype by name, ``""`` = not known. ``prequantized``: it holds packed weights that
     stay packed (not GGUF, which is unpacked). ``gpus``: how many the options let the model touch; ``gpu_bf16``:
-    whether they compute in bfloat16. ``cpu_bf16``: whether the processor does so without detours. ``unpacked``: see
-    :func:`unpacks`.
+    whether they compute in bfloat16. ``cpu_bf16``: whether the processor does so without detours. ``unpacked``: the
+    weights are unpacked, being of those named in UNPACKED.
     """
     if unpacked:  # what lies beside the packed weights keeps its dtype, whatever transformers (5.23) is asked for
         return (stored if stored in DTYPE_BYTES else "bfloat16"), ()

@@ -225,7 +225,12 @@ class TestCheck:
                 "SentencePiece file is used as it is",
             ),
             ({"load_in_4bit": True, "disk": True}, Circumstances(), "--disk has no effect here. Layers that are quant"),
-            ({"disk": True}, Circumstances(quantization="bitsandbytes"), "--disk has no effect here. Layers that bits"),
+            ({"disk": True}, Circumstances(quantization="bitsandbytes"), "--disk has no effect here. Layers of a bits"),
+            (
+                {"disk": True},
+                Circumstances(quantization="gguf"),
+                "--disk has no effect here. Layers of a gguf checkpoi",
+            ),
             (
                 {"cpu_memory": 4.0},
                 dataclasses.replace(TWO_GPUS, quantization="bitsandbytes"),

@@ -322,6 +322,29 @@ def test_gpus_without_bfloat16_are_planned_as_they_load(capability: tuple[int, i
     assert (kept > 0) == (dtype == "float16")
 
 
+def test_a_gpu_that_is_left_out_does_not_decide_the_type() -> None:
+    checkpoint = replace(read_checkpoint(planner_checkpoints.checkpoint("llama")), stored_dtype="bfloat16")
+    old, new = (Gpu(at, "x", str(at), 24 * GIB, 24 * GIB, (), able) for at, able in enumerate(((7, 5), (8, 6))))
+    both = replace(machine(), gpus=(old, new))
+    assert plan(checkpoint, LoadOptions(), both, ctx_tokens=64).precision.dtype == "float16"
+    assert plan(checkpoint, LoadOptions(gpu_memory=(0, 20)), both, ctx_tokens=64).precision.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("file_format", "disk"), [("gguf", False), ("safetensors", True)])
+def test_layers_of_a_gguf_file_are_not_planned_on_disk(llama_70b: Checkpoint, file_format: str, disk: bool) -> None:
+    quantization = "gguf" if file_format == "gguf" else ""
+    packed = replace(llama_70b, file_format=file_format, quantization=quantization)
+    assert plan(packed, LoadOptions(disk=True), machine(ram=64), ctx_tokens=8192).fits is disk
+
+
+def test_a_whole_prompt_is_planned_where_it_is_read_in_one_piece(llama_70b: Checkpoint) -> None:
+    def working(attention: str) -> int:
+        options = LoadOptions(attn_implementation=attention)
+        return plan(llama_70b, options, machine(80, 80, 80), ctx_tokens=32768).devices[0].working_bytes
+
+    assert working("flash_attention_2") > 3 * working("sdpa") / 2
+
+
 def test_the_cpu_takes_in_4_bit_what_it_cannot_take_whole(llama_70b: Checkpoint) -> None:
     refused = plan(llama_70b, LoadOptions(), machine(24, ram=64), ctx_tokens=8192)
     assert "in 4-bit" in refused.suggestions[0].text

@@ -150,13 +150,3 @@ def test_kinds_tell_apart_what_the_files_hold_and_plain_safetensors_keep_theirs(
     assert kinds["gguf"] == f"{dtype} of gguf on RAM: RAM"
     assert kinds["fp8"] == "bfloat16 of unpacked fp8 on RAM: RAM"
     assert kinds["awq"].endswith(" of awq on RAM: RAM")
-
-
-def test_what_stays_packed_is_another_kind_than_what_is_unpacked() -> None:
-    fp8 = read_checkpoint(planner_checkpoints.fp8("llama"))
-    kinds = [
-        kind_of(plan(fp8, OPTIONS, replace(MACHINE, gpus=(replace(GPU, capability=able),)), ctx_tokens=64), "GPU",
-                from_copy=False)
-        for able in ((8, 9), (8, 6))
-    ]  # fmt: skip
-    assert [kind.split(" of ")[1] for kind in kinds] == ["fp8 on GPU: GPU", "unpacked fp8 on GPU: GPU"]

@@ -33,6 +33,11 @@ PRECISIONS: Mapping[str, Mapping[str, bool]] = {
 }
 
 
+# The quant_methods that transformers (5.23) refuses with layers in RAM beside a GPU, and with layers on disk.
+ON_GPUS_ALONE = frozenset({"bitsandbytes", "bitnet", "eetq", "higgs", "hqq", "quanto"})
+NEVER_ON_DISK = ON_GPUS_ALONE | {"gguf", "torchao"}
+
+
 def _quantizes(c: Circumstances) -> bool:
     return c.on("load_in_4bit") or c.on("load_in_8bit")
 
@@ -77,18 +82,15 @@ def _gptq(c: Circumstances) -> str:
     return "" if c.quantization == "gptq" or not c.model_chosen else "The model is not a GPTQ checkpoint."
 
 
-def _whole(c: Circumstances) -> str:
-    return "Layers that bitsandbytes has quantized stay together." if c.quantization == "bitsandbytes" else ""
-
-
 def _leaves_ram(c: Circumstances) -> str:
     if _quantizes(c) and _gpu(c):
         return "Layers that are quantized without a GPU stay in RAM."
-    return _whole(c)
+    return f"Layers of a {c.quantization} checkpoint cannot lie on disk." if c.quantization in NEVER_ON_DISK else ""
 
 
 def _takes_ram(c: Circumstances) -> str:
-    return "" if _gpu(c) else _whole(c)
+    whole = not _gpu(c) and c.quantization in ON_GPUS_ALONE
+    return f"Layers of a {c.quantization} checkpoint stay on the GPUs, where there are some." if whole else ""
 
 
 def _offloads(c: Circumstances) -> str:
@@ -336,6 +338,15 @@ def context_tokens(options: LoadOptions, model_limit: int) -> int:
         return options.ctx_size
     usual = min(model_limit or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
     return stretched_context(options, usual)
+
+
+def allowed_gpus(options: LoadOptions, count: int) -> list[int]:
+    """The GPUs, of so many, that the options let the model touch, by position: gpu_memory leaves out those that it
+    gives 0, or does not come to."""
+    if options.cpu:
+        return []
+    shares = options.gpu_memory or (1.0,) * count
+    return [position for position, share in zip(range(count), shares, strict=False) if share > 0]
 
 
 def kept_tokens(options: LoadOptions, ctx_tokens: int, window: int = 0) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from modules.devices import Machine
-from modules.options import LoadOptions
+from modules.options import LoadOptions, allowed_gpus
 from modules.planner.formats import Classes
 
 GIB = 2**30
@@ -64,7 +64,8 @@ def rooms(
     working_bytes: int,
     gpu_fixed_bytes: int,
     ram_fixed_bytes: int,
-    may_offload: bool,
+    may_spill: bool,
+    may_disk: bool,
     quantizes: bool,
     disk_bytes: int | None = None,
 ) -> Rooms:
@@ -82,8 +83,8 @@ def rooms(
     return Rooms(
         gpus=gpus,
         ram=ram,
-        spill=bool(gpus) and may_offload and (wanted or not quantizes),
-        disk=options.disk and may_offload and (bool(gpus) or not quantizes),
+        spill=bool(gpus) and may_spill and (wanted or not quantizes),
+        disk=options.disk and may_disk and (bool(gpus) or not quantizes),
         disk_bytes=disk_bytes,
     )
 
@@ -91,11 +92,10 @@ def rooms(
 def gpu_caps(machine: Machine, options: LoadOptions) -> dict[int, int]:
     """GPU → bytes it may hold at most. Left out: one that is full, or that gpu_memory gives 0 or does not come to."""
     found: dict[int, int] = {}
-    for position, gpu in enumerate(() if options.cpu else machine.gpus):
-        cap = gpu.free_bytes
+    for position in allowed_gpus(options, len(machine.gpus)):
+        cap = machine.gpus[position].free_bytes
         if options.gpu_memory:
-            asked = options.gpu_memory[position] if position < len(options.gpu_memory) else 0.0
-            cap = min(cap, int(asked * GIB))
+            cap = min(cap, int(options.gpu_memory[position] * GIB))
         if cap > 0:
             found[position] = cap
     return found

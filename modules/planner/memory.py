@@ -161,7 +161,9 @@ def working_bytes(
     hidden = reading.number(text, "hidden_size", "n_embd", "d_model")
     inner = reading.number(text, "moe_intermediate_size", "intermediate_size", "n_inner", "d_ff", "ffn_dim")
     inner *= reading.number(text, "num_experts_per_tok") if "moe_intermediate_size" in text else 1
-    tokens = min(ctx_tokens, calibration.prompt_tokens)
+    # With flash_attention_2 an answer is computed by itself, and reads its prompt in one piece.
+    at_once = ctx_tokens if options.attn_implementation == "flash_attention_2" else calibration.prompt_tokens
+    tokens = min(ctx_tokens, at_once)
     numbers = tokens * (calibration.hidden_copies * hidden + calibration.inner_copies * (inner or 4 * hidden))
     logits = calibration.logits_copies * reading.number(text, "vocab_size") * 4
     numbers += _scores(text, options, tokens, ctx_tokens)

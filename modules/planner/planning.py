@@ -16,7 +16,6 @@ from modules.planner.memory import DEFAULT, Calibration, arriving_bytes
 from modules.planner.offload import Offload, offload_of
 from modules.planner.solving import Answer, Question, solve
 from modules.planner.suggestions import Suggestion, on_gpus_alone, spare_context, suggestions
-from modules.precision import PACKED_FROM
 from modules.units import format_bytes
 
 
@@ -154,10 +153,9 @@ def _notes(question: Question, answer: Answer, away: Offload | None) -> list[str
             "from the files' size and the configuration")  # fmt: skip
         notes.append(f"The weights are estimated {close}.")
     if question.held.unpacked:
-        method, (major, minor) = question.checkpoint.quantization, PACKED_FROM[question.checkpoint.quantization]
         notes.append(
-            f"The weights are stored as {method.upper()} and unpacked to {answer.precision.dtype} here: they stay "
-            f"packed only on GPUs of compute capability {major}.{minor} or higher."
+            f"The weights are stored as {question.checkpoint.quantization.upper()} and unpacked to "
+            f"{answer.precision.dtype}: nothing here multiplies them packed."
         )
     if away:
         where, brought = ("on a GPU", "brought to it") if answer.rooms.gpus else ("in RAM", "read")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from modules.devices import Machine
-from modules.options import LoadOptions
+from modules.options import LoadOptions, allowed_gpus
+from modules.options.loader import NEVER_ON_DISK, ON_GPUS_ALONE
 from modules.planner.adapters import Adapters, with_adapters
 from modules.planner.checkpoint import Checkpoint
 from modules.planner.devices import CPU, DISK, DevicePlan, Rooms, gpu_caps, rooms
@@ -17,7 +18,7 @@ from modules.planner.layout import Block, Layout, layout_of
 from modules.planner.memory import Calibration, cache_growth_bytes, kv_cache, working_bytes
 from modules.planner.placement import Load, Placement, place, usage
 from modules.planner.unpacking import unpacked
-from modules.precision import computes_bf16, unpacks
+from modules.precision import UNPACKED, computes_bf16
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class Question:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """The least compute capability of the machine's GPUs, as the loader asks for it; (0, 0): not known."""
-        return min((gpu.capability for gpu in self.machine.gpus), default=(0, 0))
+        """The least compute capability of the GPUs that the options allow, as the loader asks for it; (0, 0): not
+        known."""
+        gpus = self.machine.gpus
+        return min((gpus[at].capability for at in allowed_gpus(self.options, len(gpus))), default=(0, 0))
 
     @cached_property
     def held(self) -> Checkpoint:
-        """The checkpoint as the devices can hold it: packed weights that they cannot multiply are unpacked."""
-        packed = not unpacks(self.checkpoint.quantization, gpus=self.gpus, capability=self.capability)
-        return self.checkpoint if packed else unpacked(self.checkpoint)
+        """The checkpoint as the devices hold it: packed weights that nothing here multiplies are unpacked."""
+        return unpacked(self.checkpoint) if self.checkpoint.quantization in UNPACKED else self.checkpoint
 
     @property
     def quantizes(self) -> bool:
@@ -151,8 +153,8 @@ def solve(question: Question) -> Answer:
         question.machine, options, working_bytes=working,
         gpu_fixed_bytes=max(0, calibration.gpu_fixed_bytes + calibration.gpu_correction_bytes),
         ram_fixed_bytes=max(0, process + calibration.ram_correction_bytes),
-        # A checkpoint that bitsandbytes quantized is refused with layers beside the GPU.
-        may_offload=checkpoint.quantization != "bitsandbytes", quantizes=question.quantizes,
+        may_spill=checkpoint.quantization not in ON_GPUS_ALONE, may_disk=checkpoint.quantization not in NEVER_ON_DISK,
+        quantizes=question.quantizes,
         disk_bytes=_disk_bytes(question),
     )  # fmt: skip
     # bitsandbytes leaves alone what a device map puts beside a GPU.

@@ -1,4 +1,4 @@
-"""The checkpoint as it lies in memory where the loader unpacks packed weights, since no GPU here multiplies them."""
+"""The checkpoint as it lies in memory where the loader unpacks packed weights, since nothing here multiplies them."""
 
 from __future__ import annotations
 

@@ -20,14 +20,13 @@ class DeviceFacts:
     """The machine in bytes. ``gpu_free_bytes``: one number a GPU; ``bf16``: whether they compute in bfloat16.
 
     ``cpu_bf16``: whether the processor has instructions for bfloat16. torch computes in it on every processor, but
-    without them a product takes a hundred times as long as in float32. ``capability``: the least that a GPU has.
+    without them a product takes a hundred times as long as in float32.
     """
 
     gpu_free_bytes: tuple[int, ...] = ()
     bf16: bool = True
     cpu_bf16: bool = True
     ram_free_bytes: int = 0
-    capability: tuple[int, int] = (0, 0)
 
     def usable(self, options: LoadOptions) -> DeviceFacts:
         """The facts of what the options let the model touch: no GPU with ``cpu``."""

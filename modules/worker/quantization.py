@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, GgufConfig, GPTQConfig
+from transformers import AwqConfig, BitsAndBytesConfig, GgufConfig, GPTQConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import AwqBackend
 
 from modules import packages
 from modules.checkpoint import refuse_quantization
 from modules.errors import MissingPackage, OptionConflict, UnsupportedModel, WrongResult
 from modules.options import LoadOptions
-from modules.precision import PACKED_FROM, unpacks
+from modules.precision import UNPACKED
 from modules.protocol import LoadOrder
 from modules.worker.placement import DeviceFacts
 
@@ -42,11 +45,6 @@ def compute_dtype(options: LoadOptions, device: DeviceFacts) -> torch.dtype:
     return torch.bfloat16 if device.bf16 else torch.float16
 
 
-def unpacked(order: LoadOrder, device: DeviceFacts) -> bool:
-    """Whether the checkpoint's packed weights are unpacked, since the device does not multiply them."""
-    return unpacks(order.quantization, gpus=device.gpus, capability=device.capability)
-
-
 def quantization_config(order: LoadOrder, stored: Mapping[str, Any], device: DeviceFacts, offloads: bool) -> Any | None:
     """What goes to from_pretrained as ``quantization_config``; None where nothing is asked for.
 
@@ -65,12 +63,31 @@ def quantization_config(order: LoadOrder, stored: Mapping[str, Any], device: Dev
                 fix={"load_in_4bit": False, "load_in_8bit": False},
             )
         return _bitsandbytes(options, device, offloads)
-    if order.quantization == "gptq" and options.disable_exllama:
-        return GPTQConfig(bits=stored["bits"], backend="auto_trainable")
-    if unpacked(order, device):
-        # transformers asks only whether this machine's first GPU could multiply them, not where the model will lie.
+    if order.quantization in ("gptq", "awq"):
+        return _kernels(order, stored, device)
+    if order.quantization in UNPACKED:
         return AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
     return None
+
+
+def _kernels(order: LoadOrder, stored: Mapping[str, Any], device: DeviceFacts) -> Any | None:
+    """Which kernels GPTQ and AWQ layers compute with; None: those that gptqmodel takes by itself.
+
+    On a GPU it takes some that have to be compiled first, and finds out too late that they cannot (7.6).
+    """
+    compiled = device.gpus == 0 or _compiles_for_gpus()
+    if order.quantization == "gptq" and (order.options.disable_exllama or not compiled):
+        return GPTQConfig(bits=stored["bits"], backend="auto_trainable")
+    if order.quantization == "awq" and not compiled:
+        return AwqConfig(backend=AwqBackend.GEMM_TRITON)
+    return None
+
+
+def _compiles_for_gpus() -> bool:
+    """Whether CUDA's compiler is where torch looks for it."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc.exe" if sys.platform == "win32" else "nvcc").exists()
 
 
 def _bitsandbytes(options: LoadOptions, device: DeviceFacts, offloads: bool) -> Any:
@@ -134,7 +151,7 @@ def verify(model: Any, order: LoadOrder, device: DeviceFacts) -> tuple[str, ...]
             raise WrongResult(f"No layer of {order.name} is a {order.quantization.upper()} layer after loading.")
         if order.quantization == "gptq" and options.disable_exllama:
             _verify_trainable(layers)
-    if order.quantization in PACKED_FROM and not stored_config(model.config):
+    if order.quantization in UNPACKED and not stored_config(model.config):
         held = next((str(one.dtype) for one in model.parameters() if one.ndim > 1), "").removeprefix("torch.")
         return (
             f"The {order.quantization.upper()} weights were unpacked to {held}: nothing here multiplies them packed.",

@@ -36,6 +36,7 @@ from modules.errors import (
     NotAModel,
     OptionError,
 )
+from modules.options import allowed_gpus
 from modules.protocol import LoadOrder, LoadReport, Progress
 from modules.worker import quantization, quantized_copies, report, rope, tokenizer
 from modules.worker.counting import counting, counting_unpacked
@@ -244,7 +245,7 @@ def weights_dtype(order: LoadOrder, device: DeviceFacts, stored: str) -> tuple[t
         gpus=device.gpus,
         gpu_bf16=device.bf16,
         cpu_bf16=device.cpu_bf16,
-        unpacked=quantization.unpacked(order, device),
+        unpacked=order.quantization in precision.UNPACKED,
     )
     return quantization.DTYPES[name], notes
 
@@ -263,9 +264,10 @@ def device_facts(order: LoadOrder) -> DeviceFacts:
     gpus = range(torch.cuda.device_count())
     told = order.device_map or order.options.gpu_memory
     free = tuple(0 if told else int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus)
-    capability = min(torch.cuda.get_device_capability(gpu) for gpu in gpus)
-    gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) and precision.computes_bf16(capability)
-    return DeviceFacts(free, gpu_bf16, cpu_bf16(), ram, capability)
+    capability = min(
+        (torch.cuda.get_device_capability(gpu) for gpu in allowed_gpus(order.options, len(gpus))), default=(0, 0)
+    )
+    return DeviceFacts(free, precision.computes_bf16(capability), cpu_bf16(), ram)
 
 
 def _usual_stage(order: LoadOrder) -> str:

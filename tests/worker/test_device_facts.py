@@ -30,8 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     found = Asked()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 6)].__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(8, 6), (7, 5)].__getitem__)
     monkeypatch.setattr(torch.cuda, "mem_get_info", found.free)
     return found
 
@@ -56,9 +55,12 @@ def test_a_gpu_whose_share_is_known_is_not_asked(order: dict[str, Any], gpus: in
     assert not asked
 
 
-def test_the_least_capable_gpu_counts(asked: Asked) -> None:
-    assert facts(device_map={"": "0"}).capability == (8, 6)
-    assert facts(cpu=True).capability == (0, 0)
+def test_the_least_capable_gpu_counts_of_those_that_are_allowed(asked: Asked) -> None:
+    assert not facts(device_map={"": "0"}).bf16
+    assert facts(device_map={"": "0"}, gpu_memory=(20.0, 0.0)).bf16
+    assert facts(device_map={"": "0"}, gpu_memory=(20.0,)).bf16
+    assert not facts(gpu_memory=(0.0, 20.0)).bf16
+    assert facts(cpu=True).bf16
 
 
 def test_an_order_without_a_plan_asks_each(asked: Asked) -> None:

@@ -12,6 +12,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils import cpp_extension
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from modules import packages
 from modules.checkpoint import OTHER_QUANTIZATIONS, QUANTIZATIONS
@@ -201,6 +203,24 @@ def test_gptq_computes_nearly_what_the_plain_model_does(tmp_path: Path) -> None:
     quantized = load(checkpoints.gptq(), tmp_path, quantization="gptq").model(prompt).logits.float()
     plain = load(checkpoints.llama(), tmp_path).model(prompt).logits
     assert torch.nn.functional.cosine_similarity(quantized, plain, dim=-1).min() > 0.98
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_layers_on_a_gpu_need_no_compiler(compiler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if compiler else None)
+    backends = {"gptq": "auto_trainable", "awq": "gemm_triton"}
+    for method, backend in backends.items():
+        stored = {"quant_method": method, "bits": 4, "group_size": 128}
+        order = checkpoints.order_for(tmp_path, tmp_path, quantization=method)
+        assert quantization.quantization_config(order, stored, CPU, False) is None
+        config = quantization.quantization_config(order, stored, GPU, False)
+        if compiler:
+            assert config is None
+        else:
+            assert AutoHfQuantizer.merge_quantization_configs(stored, config).backend == backend
 
 
 @needs_gptqmodel
