@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import pickle
 import re
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +31,10 @@ from modules.errors import (
 from modules.packages import install_line
 from modules.protocol import LoadOrder
 
+logger = logging.getLogger(__name__)
+
 _GIB = 1024**3
+_TOLD_S = 2.0  # until an error has reached whoever is answered
 # What CUDA and its libraries say where they find no memory beside the allocator's: for a context, a kernel, a handle.
 # What torch says where it has no CUDA, or the driver or the GPU is too old for its own.
 _NO_CUDA = re.compile(
@@ -40,7 +46,8 @@ _GPU_FULL = re.compile(r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of me
 def translate(exc: BaseException, order: LoadOrder, *, loaded: bool = False) -> LoadstoneError:
     """The error of our tree for ``exc``, with the traceback as details; one of ours comes back as it is.
 
-    ``loaded``: it is not the load that failed but the use of what is loaded.
+    ``loaded``: it is not the load that failed but the use of what is loaded. After an error of CUDA's own, other than
+    want of memory, nothing works any more in the process: it ends, once the error has been told.
     """
     if isinstance(exc, LoadstoneError):
         return exc
@@ -50,6 +57,9 @@ def translate(exc: BaseException, order: LoadOrder, *, loaded: bool = False) -> 
             if (error := rule(link, order)) is not None:
                 return _with_traceback(error, exc)
     message = f"{order.name}: {type(exc).__name__}: {_first_line(exc)}"
+    if loaded and any(isinstance(link, torch.AcceleratorError) for link in chain):
+        logger.critical("%s. The process cannot use the GPU any more, and ends.", message)
+        threading.Timer(_TOLD_S, os._exit, (1,)).start()
     return _with_traceback(InternalError(message) if loaded else LoadFailed(message), exc)
 
 

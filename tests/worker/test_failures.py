@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from modules.errors import (
     UnsupportedModel,
 )
 from modules.protocol import Progress
-from modules.worker import transformers_loader
+from modules.worker import failures, transformers_loader
 from modules.worker.failures import translate
 from tests import checkpoints
 from tests.conftest import ROOT
@@ -100,6 +102,26 @@ def test_another_error_of_a_gpu_is_not_taken_for_a_full_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("raised", "loaded", "ends"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), True, True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (RuntimeError("shapes cannot be multiplied"), True, False),
+    ],
+    ids=str,
+)
+def test_a_process_that_cannot_use_its_gpu_any_more_ends(
+    raised: Exception, loaded: bool, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(failures, "_TOLD_S", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    translate(raised, order(), loaded=loaded)
+    assert ended.wait(5 if ends else 0.2) is ends
+
+
+@pytest.mark.parametrize(
     "raised",
     [
         AssertionError("Torch not compiled with CUDA enabled"),
@@ -118,10 +140,11 @@ def test_a_gpu_that_torch_cannot_use_can_be_done_without(raised: Exception) -> N
 def test_a_process_with_too_little_ram_says_so(demo_model: Path, tmp_path: Path) -> None:
     """A real load in a real process whose address space ends before the weights do."""
     code = f"""
+import os
 import resource
 from pathlib import Path
 from modules.errors import OutOfMemory
-from modules.worker import transformers_loader
+from modules.worker import failures, transformers_loader
 from tests import checkpoints
 import torch
 torch.zeros(8) @ torch.zeros(8)
