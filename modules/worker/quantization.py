@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AwqConfig, BitsAndBytesConfig, GgufConfig, GPTQConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import AwqBackend
+from transformers.utils.quantization_config import AwqBackend, AwqFormat
 
 from modules import packages
 from modules.checkpoint import refuse_quantization
@@ -78,7 +79,8 @@ def _kernels(order: LoadOrder, stored: Mapping[str, Any], device: DeviceFacts) -
     compiled = device.gpus == 0 or _compiles_for_gpus()
     if order.quantization == "gptq" and (order.options.disable_exllama or not compiled):
         return GPTQConfig(bits=stored["bits"], backend="auto_trainable")
-    if order.quantization == "awq" and not compiled:
+    layout = str(stored.get("version") or stored.get("format") or AwqFormat.GEMM.value).lower()
+    if order.quantization == "awq" and not compiled and layout == AwqFormat.GEMM and find_spec("triton"):
         return AwqConfig(backend=AwqBackend.GEMM_TRITON)
     return None
 

@@ -211,6 +211,7 @@ def test_layers_on_a_gpu_need_no_compiler(compiler: bool, tmp_path: Path, monkey
     nvcc.parent.mkdir()
     nvcc.touch()
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path) if compiler else None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: name == "triton")
     backends = {"gptq": "auto_trainable", "awq": "gemm_triton"}
     for method, backend in backends.items():
         stored = {"quant_method": method, "bits": 4, "group_size": 128}
@@ -221,6 +222,9 @@ def test_layers_on_a_gpu_need_no_compiler(compiler: bool, tmp_path: Path, monkey
             assert config is None
         else:
             assert AutoHfQuantizer.merge_quantization_configs(stored, config).backend == backend
+    order = checkpoints.order_for(tmp_path, tmp_path, quantization="awq")
+    other = {"quant_method": "awq", "version": "GEMV"}  # a layout that Triton has no kernel for
+    assert quantization.quantization_config(order, other, GPU, False) is None
 
 
 @needs_gptqmodel
