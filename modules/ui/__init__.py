@@ -76,33 +76,44 @@ def _follow_state(
     ``cancel`` ends a load from every tab; what became of it comes by ``sync``.
     """
     follows_loaded = [*chat.follows_loaded, *models.follows_view]  # what can be asked for, and what fits beside it
+    follows = [*models.follows_state, *follows_loaded]
 
-    def synced(loaded_at: float, model: str | None, *form: Any) -> list[Any]:
+    def synced(loaded_at: float | None, model: str | None, *form: Any) -> list[Any]:
         snapshot = service.snapshot()
-        since = snapshot.loaded.since if snapshot.loaded else 0.0
+        if loaded_at is None:  # the page is being filled: no model is chosen yet, and it is asked again afterwards
+            return [*top_updates(snapshot), gr.skip(), *[gr.skip()] * len(follows)]
+        since = loaded_since(snapshot)
         changed = [gr.skip()] * len(follows_loaded)
         if since != loaded_at:
             changed = [*chat_tab.loaded_updates(snapshot), *model_actions.changed(models, service, model, *form)]
         return [*top_updates(snapshot), since, *model_tab.state_updates(service, model), *changed]
 
     def opened(remembered: dict[str, Any]) -> list[Any]:
+        snapshot = service.snapshot()
         return [
-            *top_updates(service.snapshot()),
+            *top_updates(snapshot),
+            loaded_since(snapshot),
             *model_tab.opened(models, service, remembered),
-            *chat_tab.loaded_updates(service.snapshot()),
+            *chat_tab.loaded_updates(snapshot),
         ]
 
     cancel.click(lambda: service.cancel(), None, None, **DIRECT)
-    loaded_at = gr.State(0.0)
+    loaded_at = gr.State(None)  # of what the page shows; 0: nothing is loaded
     on_latest(
         [sync.click], synced, [loaded_at, models.model, *models.form.widgets],
-        [line, cancel, loaded_at, *models.follows_state, *follows_loaded],
+        [line, cancel, loaded_at, *follows],
     )  # fmt: skip
-    page.load(
+    filled = page.load(
         opened, models.remembered,
-        [line, cancel, *model_tab.opened_outputs(models), *chat.follows_loaded],
+        [line, cancel, loaded_at, *model_tab.opened_outputs(models), *chat.follows_loaded],
         **QUIET,
     )  # fmt: skip
+    filled.then(None, None, None, js=f"() => document.getElementById('{sync.elem_id}').click()")
+
+
+def loaded_since(snapshot: Snapshot) -> float:
+    """When what is loaded was; 0: nothing is."""
+    return snapshot.loaded.since if snapshot.loaded else 0.0
 
 
 def top_updates(snapshot: Snapshot) -> list[Any]:

@@ -61,3 +61,14 @@ def test_the_model_tabs_menus_are_as_new_as_its_opening(server: Server, open_pag
     menu.click()
     expect(page.locator("#model").get_by_role("option", name=re.compile(f"^{OTHER} · "))).to_have_count(0)
     expect(page.locator("#model").get_by_role("option", name=re.compile(f"^{SMALL} · "))).to_have_count(1)
+
+
+def test_a_page_that_is_opened_shows_the_model_that_is_loaded(server: Server, open_page: Callable[..., Page]) -> None:
+    """That something is loaded is told while the page is still being filled, and no model is chosen on it yet."""
+    assert server.load(SMALL)[0] == 200
+    for _ in range(4):
+        page = open_page(server)
+        expect(page.locator(f"#summary [data-model='{SMALL}']")).to_be_visible()
+        page.wait_for_timeout(1500)  # until what was asked meanwhile has been answered
+        expect(page.locator(f"#summary [data-model='{SMALL}'][data-loaded]")).to_be_visible()
+        expect(page.locator("#fit")).to_contain_text("Fits.")
