@@ -82,7 +82,7 @@ def _follow_state(
         snapshot = service.snapshot()
         if loaded_at is None:  # the page is being filled: no model is chosen yet, and it is asked again afterwards
             return [*top_updates(snapshot), gr.skip(), *[gr.skip()] * len(follows)]
-        since = loaded_since(snapshot)
+        since = cards.loaded_since(snapshot)
         changed = [gr.skip()] * len(follows_loaded)
         if since != loaded_at:
             changed = [*chat_tab.loaded_updates(snapshot), *model_actions.changed(models, service, model, *form)]
@@ -92,7 +92,7 @@ def _follow_state(
         snapshot = service.snapshot()
         return [
             *top_updates(snapshot),
-            loaded_since(snapshot),
+            cards.loaded_since(snapshot),
             *model_tab.opened(models, service, remembered),
             *chat_tab.loaded_updates(snapshot),
         ]
@@ -109,11 +109,6 @@ def _follow_state(
         **QUIET,
     )  # fmt: skip
     filled.then(None, None, None, js=f"() => document.getElementById('{sync.elem_id}').click()")
-
-
-def loaded_since(snapshot: Snapshot) -> float:
-    """When what is loaded was; 0: nothing is."""
-    return snapshot.loaded.since if snapshot.loaded else 0.0
 
 
 def top_updates(snapshot: Snapshot) -> list[Any]:

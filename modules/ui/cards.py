@@ -29,6 +29,11 @@ _STATE_WORDS = {
 }
 
 
+def loaded_since(snapshot: Snapshot) -> float:
+    """The time of day at which what is loaded became ready; 0: nothing is loaded."""
+    return snapshot.loaded.since if snapshot.loaded else 0.0
+
+
 def busy(snapshot: Snapshot) -> bool:
     """Whether a load or an unload is under way."""
     return snapshot.state in (*LOAD_STATES, State.UNLOADING)

@@ -37,7 +37,7 @@ def _follow_state(page: gr.Blocks, service: Service, line: gr.HTML, sync: gr.But
 
     def synced(loaded_at: float) -> list[Any]:
         snapshot = service.snapshot()
-        since = snapshot.loaded.since if snapshot.loaded else 0.0
+        since = cards.loaded_since(snapshot)
         changed = chat_tab.loaded_updates(snapshot) if since != loaded_at else [gr.skip()] * len(chat.follows_loaded)
         return [cards.status_line(snapshot), since, *changed]
 
