@@ -20,8 +20,6 @@ from modules.protocol import HEAP_LIMIT_BYTES, decode, encode
 
 T = TypeVar("T")
 
-# In the order in which the machine lists its GPUs, and --gpu-memory counts: with another, a plan would be for others.
-_ALWAYS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 # Defaults only: what the supervisor, or the user, has set is kept.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # a load reads local files; the web process alone talks to the Hub
@@ -53,7 +51,8 @@ def set_environment() -> None:
     """Set the defaults that the ML packages read when they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ.update(_ALWAYS)
+    # Whatever the user has set: in another order than the machine lists its GPUs in, a plan would be for others.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
 def claim_stdout() -> Callable[[Any], None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from modules.worker import process
 from tests.conftest import ROOT
 
 MIB = 2**20
@@ -46,3 +48,12 @@ def test_a_worker_starts_where_python_has_no_posix_modules() -> None:
     """As on Windows: every process that speaks the protocol imports this one."""
     hidden = "import psutil, sys; sys.modules['resource'] = sys.modules['fcntl'] = None; "
     subprocess.run([sys.executable, "-c", hidden + "import modules.worker.process"], check=True, cwd=ROOT)
+
+
+def test_gpus_are_in_the_plans_order_and_other_settings_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST", "TOKENIZERS_PARALLELISM": "true"}
+    monkeypatch.setattr(os, "environ", mine)
+    process.set_environment()
+    assert mine["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert mine["TOKENIZERS_PARALLELISM"] == "true"
+    assert mine["HF_HUB_OFFLINE"] == "1"

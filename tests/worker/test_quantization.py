@@ -21,7 +21,7 @@ from modules.devices import cpu_bf16
 from modules.errors import MissingPackage, OptionConflict, UnsupportedModel, WrongResult
 from modules.options import LoadOptions
 from modules.protocol import LoadOrder, Progress
-from modules.worker import quantization, transformers_loader
+from modules.worker import quantization, report, transformers_loader
 from modules.worker.placement import GIB, DeviceFacts
 from tests import checkpoints, planner_checkpoints
 
@@ -225,6 +225,15 @@ def test_layers_on_a_gpu_need_no_compiler(compiler: bool, tmp_path: Path, monkey
     order = checkpoints.order_for(tmp_path, tmp_path, quantization="awq")
     other = {"quant_method": "awq", "version": "GEMV"}  # a layout that Triton has no kernel for
     assert quantization.quantization_config(order, other, GPU, False) is None
+
+
+def test_packed_weights_count_once_whether_they_are_parameters_or_buffers() -> None:
+    """Kernels for GPUs keep them as parameters, the others as buffers."""
+    layer: Any = torch.nn.Module()
+    layer.in_features, layer.out_features = 64, 32
+    layer.qweight = torch.nn.Parameter(torch.zeros(8, 32, dtype=torch.int32), requires_grad=False)
+    layer.scales = torch.nn.Parameter(torch.zeros(1, 32), requires_grad=False)
+    assert report.count_parameters(torch.nn.Sequential(layer, torch.nn.Linear(32, 4))) == 64 * 32 + 32 * 4 + 4
 
 
 @needs_gptqmodel
